@@ -1,0 +1,3 @@
+"""megavar trains language models by variational reasoning; start reading at `megavar/rounds.py`."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,231 @@
+"""The recipe: every choice a run is made of, typed. Torch-free, so that help and validation are instant.
+
+Each field's docstring is its help text. Defaults are the paper's (arXiv 2509.22637, section 5 and Appendix C)
+where the paper gives one. Architecture is never asked for: it is read from the model's `config.json`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class Model(Section):
+    path: Path
+    """Hugging Face directory of the base model: config.json, safetensors, tokenizer."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Parameter and activation type of the trainer; optimizer state and reductions are float32."""
+
+
+class QuestionSource(Section):
+    kind: Literal["jsonl", "parquet", "hf_dataset", "reasoning_gym"]
+    """Where questions come from. `hf_dataset` is a directory written by `datasets.save_to_disk`."""
+    path: Path | None = None
+    """File or directory; a glob is allowed for jsonl and parquet. Not used by reasoning_gym."""
+    split: str = "train"
+    """Split of an hf_dataset that holds several."""
+    name: str = ""
+    """reasoning_gym dataset name, for example "chain_sum"."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Passed to `reasoning_gym.create_dataset`."""
+    size: int | None = Field(default=None, ge=1)
+    """Take this many questions; None takes all (reasoning_gym needs a number)."""
+    seed: int = 0
+    """Seed of a reasoning_gym dataset."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Question field -> column name where they differ, for example {prompt = "question_content"}."""
+    verifier: str = ""
+    """Verifier for rows that name none; empty means "exact", or reasoning_gym's own scorer."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> QuestionSource:
+        if self.kind == "reasoning_gym":
+            if not self.name or self.size is None:
+                raise ValueError("a reasoning_gym source needs `name` and `size`")
+        elif self.path is None:
+            raise ValueError(f"a {self.kind} source needs `path`")
+        return self
+
+
+class Data(Section):
+    train: QuestionSource
+    """Questions with reference answers and solutions (and traces, where phase 1 and 2 are to be fitted on them)."""
+    eval: QuestionSource
+    """Held-out questions."""
+
+
+class TemplateSpec(Section):
+    """A user-defined prompt template; see `megavar.data.templates` for the meaning of each part."""
+
+    prompt: str
+    """Text up to the first thought token; `{question}` and, for a posterior, `{solution}` are replaced."""
+    thought_end: str
+    """Marker that ends a thought; part of the thought."""
+    answer_start: str = ""
+    """Text between the marker and the answer; scored with the answer, forced when answers are sampled."""
+    answer_end: str
+    """Marker that ends an answer; part of the answer."""
+
+
+class Templates(Section):
+    policy: str = "thought_solution"
+    """Name of the policy's template in the registry or under `custom`."""
+    posterior: str = "posterior_b"
+    """Name of the posterior's template; its thought end marker must be the policy's."""
+    custom: dict[str, TemplateSpec] = Field(default_factory=dict)
+    """User-defined templates by name."""
+
+
+class Trainer(Section):
+    ranks: int = Field(default=1, ge=1)
+    """Processes in all; data parallelism is ranks / (tp * pp)."""
+    tp: int = Field(default=1, ge=1)
+    """Tensor parallelism."""
+    pp: int = Field(default=1, ge=1)
+    """Pipeline parallelism (1F1B)."""
+    sequence_parallel: bool = False
+    """Shard activations between the tensor-parallel regions along the sequence."""
+    packing: bool = True
+    """Several traces per micro-batch with block-diagonal attention; false puts one trace in each."""
+    tokens_per_micro_batch: int = Field(default=16384, ge=1)
+    """Token budget of a training micro-batch; a longer trace gets a micro-batch of its own only up to the context length."""
+    scoring_tokens_per_micro_batch: int = Field(default=65536, ge=1)
+    """Token budget of a scoring micro-batch (forward only)."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation, as in Megatron-Core."""
+    threads: int = Field(default=1, ge=1)
+    """CPU threads of each rank."""
+    seed: int = 1234
+
+    @model_validator(mode="after")
+    def _divides(self) -> Trainer:
+        if self.ranks % (self.tp * self.pp):
+            raise ValueError(f"ranks={self.ranks} is not a multiple of tp*pp={self.tp * self.pp}")
+        if self.sequence_parallel and self.tp == 1:
+            raise ValueError("sequence_parallel needs tp > 1")
+        return self
+
+
+class Fit(Section):
+    """One training phase: what the optimizer does."""
+
+    questions_per_step: int = Field(default=96, ge=1)
+    """Global batch, in questions; all traces of a question are in the same step."""
+    epochs: float = Field(default=3.0, gt=0)
+    """Passes over the questions; ignored when `steps` is given."""
+    steps: int | None = Field(default=None, ge=1)
+    """Number of optimizer steps."""
+    lr: float = Field(default=1e-5, gt=0)
+    """Peak learning rate."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Learning rate at the end of the cosine."""
+    warmup: float = Field(default=0.1, ge=0, le=1)
+    """Fraction of the steps with linear warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=1.0, ge=0)
+    """Clip of the global gradient norm; 0 turns it off."""
+    checkpoint_every: int = Field(default=100, ge=0)
+    """Steps between resumable checkpoints; 0 keeps none within the phase."""
+
+
+class Rollout(Section):
+    engine: Literal["local", "sglang"] = "local"
+    """Who samples: in-process Hugging Face generation, or SGLang servers."""
+    traces: int = Field(default=8, ge=1, le=256)
+    """K: traces of the posterior per question."""
+    answers: int = Field(default=8, ge=1)
+    """N: answers per trace for the accuracy estimator."""
+    temperature: float = Field(default=0.7, gt=0)
+    """Of traces and answers alike; log-probs are scored at this temperature."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_thought_tokens: int = Field(default=28000, ge=1)
+    """A thought cut here has no end marker: kept aside and counted."""
+    max_answer_tokens: int = Field(default=4096, ge=1)
+    context_length: int | None = Field(default=None, ge=1)
+    """Longest prompt plus completion; None takes the model's own limit."""
+    batch_size: int = Field(default=64, ge=1)
+    """Sequences that the local engine decodes at once."""
+    questions_per_part: int = Field(default=256, ge=1)
+    """Questions in one part of the trace store: the unit of resumption."""
+    seed: int = 0
+
+
+class Posterior(Section):
+    objective: Literal["sft", "forward_kl"] = "sft"
+    """`sft` fits q on the data set's traces (what the authors ran); `forward_kl` on weighted policy traces (Eq. 9)."""
+    traces: int = Field(default=8, ge=1, le=256)
+    """M: policy traces per question for `forward_kl`."""
+    fit: Fit = Fit(questions_per_step=16, epochs=10, warmup=0.05, betas=(0.9, 0.95), weight_decay=1e-4)
+
+
+class Arm(Section):
+    """One way to train the final policy; all arms take the same number of gradient steps."""
+
+    name: str
+    objective: Literal["sft", "rft", "variational"] = "variational"
+    """`sft` repeats the data set; `rft` takes the initial policy's own correct traces; `variational` the weighted posterior traces."""
+    estimator: Literal["accuracy", "gml", "likelihood"] = "accuracy"
+    """Estimator of c(z) = pi(Y|x,z) (section 4.2 of the paper)."""
+    ratio: Literal["geometric", "full", "none"] = "geometric"
+    """pi/q per trace: its per-token geometric mean (Eq. 8), the full ratio, or 1."""
+    selection: Literal["weighted", "argmax", "resample"] = "weighted"
+    """All K traces by weight; the best one; or one drawn by weight."""
+    mix: bool = False
+    """Add the data set's own traces, one per question with weight one, as the paper's 17K setting does."""
+    all_zero: Literal["skip", "original", "gml"] = "skip"
+    """A question whose c is zero on every trace: leave it out, use the data set's trace, or fall back to GML weights."""
+    answer: Literal["reference", "sampled"] = "reference"
+    """Answer text that follows a trace: the reference solution, or the correct sampled answers of that trace, sharing its weight."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Arm:
+        if self.answer == "sampled" and self.estimator != "accuracy":
+            raise ValueError('answer = "sampled" needs estimator = "accuracy": other estimators sample no answers')
+        return self
+
+
+class Evaluate(Section):
+    samples: int = Field(default=1, ge=1)
+    """Completions per held-out question."""
+    temperature: float = Field(default=0.7, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_tokens: int = Field(default=38912, ge=1)
+    """Thought and answer together."""
+    seed: int = 0
+
+
+class Recipe(Section):
+    name: str = "run"
+    """Used in tables and logs."""
+    out: Path = Path("runs/run")
+    """Run directory; running again in it resumes."""
+    model: Model
+    data: Data
+    templates: Templates = Templates()
+    trainer: Trainer = Trainer()
+    rollout: Rollout = Rollout()
+    initial: Fit = Fit()
+    """Phase 1: the initial policy, fitted on the data set's traces."""
+    posterior: Posterior = Posterior()
+    """Phase 2: the posterior q(z|x,y')."""
+    final: Fit = Fit(questions_per_step=192)
+    """Phase 9: every arm's fit."""
+    warm_start: Literal["base", "initial"] = "base"
+    """What the final fits start from: the base model (as the authors did) or the initial policy (Algorithm 1)."""
+    arms: tuple[Arm, ...] = (Arm(name="variational", selection="argmax", mix=True, all_zero="original"),)
+    evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _distinct_arms(self) -> Recipe:
+        names = [arm.name for arm in self.arms]
+        if len(set(names)) != len(names):
+            raise ValueError(f"arm names must be distinct, got {names}")
+        return self

@@ -1,0 +1,40 @@
+"""Packaging of megavar and of the kernel library that lives beside it."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megavar",
+    version="0.1.0",
+    description="Trainer for variational reasoning of language models",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    packages=[*find_packages(include=["megavar", "megavar.*"]), "megavar_kernels"],
+    package_dir={"megavar_kernels": "kernels/megavar_kernels"},
+    # torch is left to the platform: the constraints file pins the CPU build, images bring their own CUDA build.
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6",
+        "transformers>=5.0",
+        "safetensors>=0.5",
+        "numpy>=1.26",
+        "psutil>=6",
+        "packaging>=24",
+        "einops>=0.8",
+        "pyarrow>=18",
+        "datasets>=4",
+        "pydantic>=2.10",
+        "tomli-w>=1.0",
+        "rich>=13.9",
+        "math-verify>=0.8",
+        "reasoning-gym>=0.1.20",
+        "httpx>=0.27",
+    ],
+    extras_require={
+        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13", "tiktoken>=0.9"],
+        # NVIDIA apex comes with NGC images; the package of that name on PyPI is an unrelated project.
+        "gpu": ["transformer-engine[pytorch]>=2.8", "nvidia-modelopt>=0.40"],
+        "sglang": ["sglang-router>=0.3.2"],
+        "eval": ["sgl-eval"],
+    },
+    entry_points={"console_scripts": ["megavar = megavar.cli:main"]},
+)
