@@ -1,0 +1,115 @@
+"""From an architecture and a layout to this rank's part of a Megatron-Core model, weights still to be loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megavar.models.architecture import Architecture
+from megavar.models.modules import PackedAttention, RMSNorm
+from megavar.parallel.groups import Groups
+
+log = logging.getLogger(__name__)
+
+
+def transformer_config(
+    architecture: Architecture,
+    groups: Groups,
+    *,
+    dtype: torch.dtype,
+    sequence_parallel: bool = False,
+    recompute: str = "none",
+) -> TransformerConfig:
+    """Megatron's description of the decoder. Every fusion that needs a GPU is on exactly where there is one."""
+    cuda = groups.device.type == "cuda"
+    recomputation = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective"},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }[recompute]
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        num_attention_heads=architecture.num_heads,
+        num_query_groups=architecture.num_kv_heads,
+        kv_channels=architecture.head_dim,
+        ffn_hidden_size=architecture.ffn_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.rms_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=architecture.qkv_bias,
+        qk_layernorm=architecture.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=groups.tp,
+        pipeline_model_parallel_size=groups.pp,
+        sequence_parallel=sequence_parallel,
+        # Packed micro-batches differ in length; stages tell each other the shape.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        batch_p2p_comm=True,
+        # Weights are always loaded; initialising them first would be wasted time and memory.
+        perform_initialization=False,
+        use_cpu_initialization=not cuda,
+        attention_softmax_in_fp32=True,
+        bias_activation_fusion=cuda,
+        bias_dropout_fusion=cuda,
+        masked_softmax_fusion=cuda,
+        apply_rope_fusion=cuda and _has_transformer_engine(),
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        **recomputation,
+    )
+
+
+def build_model(architecture: Architecture, config: TransformerConfig, groups: Groups) -> GPTModel:
+    """This rank's layers, and the embedding and output projection where its stage holds them.
+
+    Parameters are uninitialised: load them with `megavar.models.hf_import` or a checkpoint. The vocabulary is
+    padded to `architecture.padded_vocab(tp)`.
+    """
+    architecture.check_layout(tp=groups.tp, pp=groups.pp)
+    return GPTModel(
+        config,
+        _layer_spec(config),
+        vocab_size=architecture.padded_vocab(groups.tp),
+        max_sequence_length=architecture.max_positions,
+        pre_process=groups.pp_rank == 0,
+        post_process=groups.is_last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=architecture.tied,
+        position_embedding_type="rope",
+        rotary_base=architecture.rope_theta,
+    ).to(groups.device)
+
+
+def _has_transformer_engine() -> bool:
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def _layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+    if _has_transformer_engine() and torch.cuda.is_available():
+        log.info("attention and norms: transformer-engine")
+        return get_gpt_layer_with_transformer_engine_spec(config.num_moe_experts, False, config.qk_layernorm)
+    log.info("attention and norms: torch (transformer-engine is not installed)")
+    layer = get_gpt_layer_local_spec(config.num_moe_experts, False, config.qk_layernorm, normalization="RMSNorm")
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    attention = parts.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)

@@ -1,0 +1,253 @@
+"""The only file that adapts Megatron-Core to a machine without CUDA. A no-op where CUDA is there.
+
+Megatron-Core asks torch.cuda for devices, random states, streams and memory figures, and writes
+`device="cuda"` in places. Here "the CUDA device" becomes the CPU. Patched are torch.cuda's own names, which
+nothing else consults when CUDA is absent, and names inside megatron modules; never torch's tensor
+factories, because transformers builds wrong rotary frequencies when those are wrapped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import types
+import warnings
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+
+PROXIED_MODULES = (
+    "utils",
+    "distributed.param_and_grad_buffer",
+    "dist_checkpointing.exchange_utils",
+    "dist_checkpointing.strategies.state_dict_saver",
+    "models.common.embeddings.rope_utils",
+    "optimizer.clip_grads",
+    "optimizer.grad_scaler",
+    "optimizer.optimizer",
+    "pipeline_parallel.schedules",
+    "pipeline_parallel.utils",
+    "resharding.copy_services.gloo_copy_service",
+    "rerun_state_machine",
+    "tensor_parallel.data",
+    "transformer.moe.moe_layer",
+    "transformer.moe.moe_utils",
+    "transformer.moe.token_dispatcher",
+    "transformer.utils",
+)
+"""Modules of megatron.core that write `device="cuda"`; each sees a torch of its own (`_CpuTorch`)."""
+
+_FACTORIES = frozenset(
+    "arange empty empty_like full full_like ones ones_like rand rand_like randint randn randn_like tensor zeros "
+    "zeros_like".split()
+)
+
+_installed = False
+
+
+def install() -> None:
+    """Adapt torch.cuda and megatron.core; idempotent."""
+    global _installed
+    if _installed or torch.cuda.is_available():
+        return
+    _installed = True
+    # Inductor has nothing to gain on these small graphs and needs a compiler.
+    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    # First, because torch._dynamo, which megatron imports, tabulates torch.cuda's functions by identity.
+    with warnings.catch_warnings():
+        # Each optional GPU package that is absent is announced; here that is the point.
+        warnings.simplefilter("ignore")
+        import megatron.core  # noqa: F401
+        import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401
+
+    for name, value in cuda_stand_ins().items():
+        setattr(torch.cuda, name, value)
+    torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
+    torch.cuda.random.set_rng_state = torch.cuda.set_rng_state
+    torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = _nothing
+    torch.Tensor.cuda = torch.nn.Module.cuda = torch.Tensor.pin_memory = _itself
+    torch.Tensor.type = _type_in_cuda_names
+    _patch_megatron()
+
+
+class _Stream:
+    """Work on a CPU is done when the call returns: nothing to wait for."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def wait_stream(self, *_: Any) -> None: ...
+
+    def wait_event(self, *_: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return event or _Event()
+
+
+class _Event:
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def record(self, *_: Any) -> None: ...
+
+    def wait(self, *_: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, _: Any) -> float:
+        return 0.0
+
+
+def _nothing(*_: Any, **__: Any) -> None: ...
+
+
+def _itself(self: Any, *_: Any, **__: Any) -> Any:
+    return self
+
+
+def cuda_stand_ins() -> dict[str, Any]:
+    """Names of torch.cuda that megatron.core calls, and what each is on a CPU."""
+    stream = _Stream()
+    return {
+        "current_device": lambda: _CPU,
+        "set_device": _nothing,
+        "device_count": lambda: 1,
+        "get_device_capability": lambda *_: (0, 0),
+        "synchronize": _nothing,
+        "empty_cache": _nothing,
+        "current_stream": lambda *_, **__: stream,
+        "default_stream": lambda *_, **__: stream,
+        "stream": lambda *_, **__: contextlib.nullcontext(),
+        "Stream": _Stream,
+        "Event": _Event,
+        "memory_allocated": lambda *_, **__: 0,
+        "max_memory_allocated": lambda *_, **__: 0,
+        "memory_reserved": lambda *_, **__: 0,
+        "max_memory_reserved": lambda *_, **__: 0,
+        "manual_seed": _seed_cpu,
+        "manual_seed_all": _seed_cpu,
+        "get_rng_state": lambda *_, **__: torch.random.get_rng_state(),
+        "set_rng_state": lambda state, *_, **__: torch.random.set_rng_state(state),
+    }
+
+
+def _seed_cpu(seed: int) -> None:
+    torch.random.default_generator.manual_seed(seed)
+
+
+_tensor_type = torch.Tensor.type
+
+
+def _type_in_cuda_names(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The distributed optimizer and gradient clipping compare `type()` with "torch.cuda.FloatTensor"."""
+    answer = _tensor_type(self, *args, **kwargs)
+    if isinstance(answer, str) and ".cuda." not in answer:
+        return answer.replace("torch.", "torch.cuda.", 1)
+    return answer
+
+
+class _CpuTorch(types.ModuleType):
+    """`torch` as one megatron module sees it: factories asked for "cuda" or pinned memory answer on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(torch, name)
+        if name not in _FACTORIES:
+            return real
+
+        def factory(*args: Any, **kwargs: Any) -> Any:
+            if str(kwargs.get("device", "")).startswith("cuda"):
+                kwargs["device"] = _CPU
+            kwargs.pop("pin_memory", None)
+            return real(*args, **kwargs)
+
+        setattr(self, name, factory)
+        return factory
+
+
+def _patch_megatron() -> None:
+    cpu_torch = _CpuTorch()
+    for name in PROXIED_MODULES:
+        module = importlib.import_module(f"megatron.core.{name}")
+        if getattr(module, "torch", None) is not torch:
+            raise ImportError(f"megatron.core.{name} no longer imports torch: revise {__name__}.PROXIED_MODULES")
+        module.torch = cpu_torch  # type: ignore[attr-defined]
+
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda *_, **__: torch.random.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *_, **__: torch.random.set_rng_state(state)
+
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    # Split sizes are handed to all_to_all as numpy; upstream converts only tensors that live on a GPU.
+    def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_cpu
+
+    import megatron.core.optimizer as optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    # The distributed optimizer's checkpoint path knows the FusedAdam state layout only.
+    optimizer.Adam = FusedAdam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+    distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """AdamW with the state layout of the fused GPU optimizers: `step` in the parameter group, two moments in the state.
+
+    Update rule: decoupled weight decay (arXiv 1711.05101, Algorithm 2) with bias correction.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+        bias_correction: bool = True,
+        **_: Any,
+    ) -> None:
+        if not (adam_w_mode and bias_correction):
+            raise ValueError("only AdamW with bias correction is implemented")
+        self.adam_w_mode = adam_w_mode
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=bias_correction)
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            group["step"] = step = int(group.get("step", 0)) + 1
+            beta1, beta2 = group["betas"]
+            for p in params:
+                state = self.state[p]
+                if not state:
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            grads = [p.grad for p in params]
+            first = [self.state[p]["exp_avg"] for p in params]
+            second = [self.state[p]["exp_avg_sq"] for p in params]
+            if group["weight_decay"]:
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_lerp_(first, grads, 1 - beta1)
+            torch._foreach_mul_(second, beta2)
+            torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
+            scale = torch._foreach_div(second, 1 - beta2**step)
+            torch._foreach_sqrt_(scale)
+            torch._foreach_add_(scale, group["eps"])
+            torch._foreach_addcdiv_(params, first, scale, -group["lr"] / (1 - beta1**step))
