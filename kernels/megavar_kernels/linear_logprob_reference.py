@@ -1,0 +1,103 @@
+"""Reference of linear_logprob in plain torch: token chunks, fp32 (fp64 for fp64 inputs), any device.
+
+CPU tensors are computed here; the Triton kernels are tested against it and it against fp64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .vocab_parallel import empty_statistics
+
+# 256 rows of fp32 logits are 156 MB at V=151936: large enough for an efficient GEMM, small beside the weight.
+CHUNK_TOKENS = 256
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def statistics(
+    hidden: Tensor, weight: Tensor, target: Tensor, inv_temperature: float, keep_bytes: int
+) -> tuple[Tensor, list[Tensor]]:
+    """Shard statistics `[4, T]` (see vocab_parallel) and the logits of the first chunks, up to keep_bytes.
+
+    hidden `[T, H]`, weight `[V, H]`, target `[T]` row of `weight` or -1 where another shard owns it.
+    """
+    dtype = _compute_dtype(hidden)
+    stats = empty_statistics(hidden.shape[0], hidden.new_empty((), dtype=dtype))
+    kept: list[Tensor] = []
+    if weight.shape[0] == 0:
+        return stats, kept
+    table = weight.to(dtype).t()
+    for start in range(0, hidden.shape[0], CHUNK_TOKENS):
+        rows = slice(start, start + CHUNK_TOKENS)
+        z = (hidden[rows].to(dtype) @ table).mul_(inv_temperature)
+        owned = target[rows] >= 0
+        own_logit = z.gather(1, target[rows].clamp(min=0).long()[:, None])[:, 0]
+        stats[3, rows] = own_logit.masked_fill(~owned, -torch.inf)
+        keep_bytes -= z.numel() * z.element_size()
+        if keep_bytes >= 0:
+            kept.append(z)
+        stats[0, rows] = z.amax(1)
+        shifted = z - stats[0, rows, None]
+        e = shifted.exp()
+        stats[1, rows] = e.sum(1)
+        stats[2, rows] = e.mul_(shifted).sum(1)
+    return stats, kept
+
+
+def gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    grad_logprob: Tensor,
+    grad_entropy: Tensor | None,
+    inv_temperature: float,
+    kept: list[Tensor],
+    hidden_ready: Callable[[Tensor], None] | None,
+    weight_grad: Tensor | None,
+) -> None:
+    """Add this shard's dW into `weight_grad` and hand its dX `[T, H]` to `hidden_ready`; None skips either.
+
+    dz = g_lp (1[y] - p) - g_H p (log p + entropy), dX = dz W / temperature, dW = dz^T X / temperature.
+    `kept` is what `statistics` returned; its chunks are not computed again.
+    """
+    dtype = _compute_dtype(hidden)
+    table = weight.to(dtype)
+    hidden_grad = hidden.new_zeros(hidden.shape, dtype=dtype) if hidden_ready else None
+    for index, start in enumerate(range(0, hidden.shape[0], CHUNK_TOKENS)):
+        rows = slice(start, start + CHUNK_TOKENS)
+        x = hidden[rows].to(dtype)
+        z = kept[index] if index < len(kept) else (x @ table.t()).mul_(inv_temperature)
+        log_p = z - lse[rows, None]
+        p = log_p.exp()
+        owned = (target[rows] >= 0).nonzero()[:, 0]
+        if grad_entropy is None:
+            dz = p.mul_(-grad_logprob[rows, None])
+        else:
+            slope = log_p.add_(entropy[rows, None]).mul_(grad_entropy[rows, None])
+            dz = p.mul_(slope.add_(grad_logprob[rows, None])).neg_()
+        dz[owned, target[rows][owned].long()] += grad_logprob[rows][owned]
+        dz.mul_(inv_temperature)
+        if hidden_grad is not None:
+            torch.mm(dz, table, out=hidden_grad[rows])
+        if weight_grad is not None:
+            weight_grad.addmm_(dz.t(), x)
+    if hidden_ready is not None:
+        hidden_ready(hidden_grad)
+
+
+def new_weight_grad(weight: Tensor) -> Tensor:
+    """Zeroed accumulator for dW `[V, H]`: fp32, or fp64 for fp64 weights."""
+    return torch.zeros_like(weight, dtype=_compute_dtype(weight))
+
+
+def one_pass_tokens(vocab_rows: int, block_bytes: int) -> int:
+    """Tokens per block of the one-pass entry, whose fp32 logits are all kept."""
+    return max(CHUNK_TOKENS, block_bytes // (4 * max(vocab_rows, 1)) // CHUNK_TOKENS * CHUNK_TOKENS)
