@@ -1,4 +1,4 @@
-"""The shape of a model, read from a Hugging Face `config.json`. Torch-free, so that plans and checks are instant."""
+"""The shape of a model, read from a Hugging Face `config.json`. Torch-free: plans and checks are instant."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Architecture:
     ffn_size: int
     """Width of the dense gated MLP; layers of a mixture have `expert_ffn_size` instead."""
     vocab_size: int
-    """Rows of the embedding on disk, Hugging Face's own padding included; see `padded_vocab` for the trainer's."""
+    """Rows of the embedding on disk, Hugging Face's own padding included; `padded_vocab` gives the trainer's."""
     tied: bool
     """The output projection is the embedding."""
     qkv_bias: bool
@@ -55,10 +55,10 @@ class Architecture:
         return self.num_experts > 0
 
     def padded_vocab(self, tp: int) -> int:
-        """Rows of the trainer's vocabulary: the smallest multiple of 8 per rank (16-byte rows of logits in bf16).
+        """Rows of the trainer's vocabulary: the smallest multiple of 8 per rank (16-byte rows in bf16).
 
-        Qwen's own sizes (151936, 152064) need no padding up to TP 16. Padding rows hold zeros; whoever takes a
-        softmax must leave out ids >= `vocab_size`, or the result would depend on the layout.
+        Qwen's own sizes (151936, 152064) need no padding up to TP 16. Padding rows hold zeros; whoever takes
+        a softmax must leave out ids >= `vocab_size`, or the result would depend on the layout.
         """
         return math.ceil(self.vocab_size / (8 * tp)) * 8 * tp
 
@@ -76,7 +76,7 @@ class Architecture:
             _check_divides("ep", ep, {"experts": self.num_experts})
             _check_divides("etp", etp, {"expert ffn columns": self.expert_ffn_size})
         elif ep > 1 or etp > 1:
-            raise UserError(f"ep={ep}, etp={etp}: a dense {self.family} model has no experts; use ep = 1, etp = 1")
+            raise UserError(f"ep={ep}, etp={etp}: this {self.family} model has no experts; use ep = 1, etp = 1")
 
 
 def _check_divides(name: str, size: int, wholes: dict[str, int]) -> None:
@@ -96,8 +96,9 @@ def _check_divides(name: str, size: int, wholes: dict[str, int]) -> None:
 def read_architecture(hf_dir: str | Path) -> Architecture:
     """Reads `config.json` as transformers 4 (`rope_theta`) or 5 (`rope_parameters`) writes it.
 
-    Raises UserError naming file, field and fix: missing or malformed file, missing or mistyped field, a family
-    or feature (rope scaling, sliding windows, quantised weights, mixed dense and sparse layers) not supported.
+    Raises UserError naming file, field and fix: missing or malformed file, missing or mistyped field, a
+    family or feature (rope scaling, sliding windows, quantised weights, mixed dense and sparse layers) that is
+    not supported.
     """
     return _Config(Path(hf_dir) / "config.json").architecture()
 
@@ -116,7 +117,8 @@ class _Config:
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
-            raise UserError(f"{path} is not valid JSON (line {error.lineno}: {error.msg}); copy it again") from None
+            where = f"line {error.lineno}: {error.msg}"
+            raise UserError(f"{path} is not valid JSON ({where}); copy it again") from None
         if not isinstance(values, dict):
             raise UserError(f"{path} holds a JSON {type(values).__name__}, not an object; copy it again")
         self.values: dict[str, Any] = values
@@ -159,7 +161,7 @@ class _Config:
                 raise self.refuse(field, f"expected an object, got {rope!r}")
             kind = rope.get("rope_type", rope.get("type", "default"))
             if kind != "default":
-                raise self.refuse(field, f"rope type {kind!r} is not supported; only the default rotary embedding is")
+                raise self.refuse(field, f"rope type {kind!r} is not supported; remove it to use plain rotary")
         if new is not None and new.get("rope_theta") is not None:
             return self.number("rope_theta", among=new)
         return self.number("rope_theta", default=10000.0)
@@ -171,7 +173,7 @@ class _Config:
         if values.get("hidden_act", "silu") != "silu":
             raise self.refuse("hidden_act", f"{values['hidden_act']!r} is not supported; expected 'silu'")
         if values.get("quantization_config"):
-            raise self.refuse("quantization_config", "quantised weights cannot be trained; use the bf16 checkpoint")
+            raise self.refuse("quantization_config", "quantised weights cannot be trained; use bf16 weights")
         if values["model_type"] != "qwen2" and values.get("attention_bias"):
             raise self.refuse("attention_bias", "attention biases are supported for qwen2 alone")
 
@@ -196,8 +198,8 @@ class _Config:
         if chosen > count:
             raise self.refuse("num_experts_per_tok", f"{chosen} is more than the {count} experts there are")
         if self.integer("decoder_sparse_step", default=1) != 1 or self.values.get("mlp_only_layers"):
-            raise self.refuse("decoder_sparse_step", "mixed dense and sparse layers are not supported; expected 1 "
-                              "and an empty mlp_only_layers")
+            why = "mixed dense and sparse layers are not supported; expected 1 and an empty mlp_only_layers"
+            raise self.refuse("decoder_sparse_step", why)
         return {
             "num_experts": count,
             "experts_per_token": chosen,
