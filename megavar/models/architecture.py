@@ -32,7 +32,7 @@ class Architecture:
     ffn_size: int
     """Width of the dense gated MLP; layers of a mixture have `expert_ffn_size` instead."""
     vocab_size: int
-    """Rows of the embedding on disk, Hugging Face's own padding included; `padded_vocab` gives the trainer's."""
+    """Rows of the embedding on disk, Hugging Face's own padding included; `padded_vocab` is the trainer's."""
     tied: bool
     """The output projection is the embedding."""
     qkv_bias: bool
@@ -76,7 +76,7 @@ class Architecture:
             _check_divides("ep", ep, {"experts": self.num_experts})
             _check_divides("etp", etp, {"expert ffn columns": self.expert_ffn_size})
         elif ep > 1 or etp > 1:
-            raise UserError(f"ep={ep}, etp={etp}: this {self.family} model has no experts; use ep = 1, etp = 1")
+            raise UserError(f"ep={ep}, etp={etp}: a {self.family} model has no experts; use ep = 1, etp = 1")
 
 
 def _check_divides(name: str, size: int, wholes: dict[str, int]) -> None:
@@ -97,8 +97,8 @@ def read_architecture(hf_dir: str | Path) -> Architecture:
     """Reads `config.json` as transformers 4 (`rope_theta`) or 5 (`rope_parameters`) writes it.
 
     Raises UserError naming file, field and fix: missing or malformed file, missing or mistyped field, a
-    family or feature (rope scaling, sliding windows, quantised weights, mixed dense and sparse layers) that is
-    not supported.
+    family or feature that is not supported (rope scaling, sliding windows, quantised weights, mixed dense and
+    sparse layers).
     """
     return _Config(Path(hf_dir) / "config.json").architecture()
 
@@ -161,7 +161,7 @@ class _Config:
                 raise self.refuse(field, f"expected an object, got {rope!r}")
             kind = rope.get("rope_type", rope.get("type", "default"))
             if kind != "default":
-                raise self.refuse(field, f"rope type {kind!r} is not supported; remove it to use plain rotary")
+                raise self.refuse(field, f"rope type {kind!r} is not supported; expected 'default'")
         if new is not None and new.get("rope_theta") is not None:
             return self.number("rope_theta", among=new)
         return self.number("rope_theta", default=10000.0)
@@ -213,7 +213,7 @@ class _Config:
         hidden, heads = self.integer("hidden_size"), self.integer("num_attention_heads")
         kv_heads = self.integer("num_key_value_heads")
         if heads % kv_heads:
-            raise self.refuse("num_key_value_heads", f"{kv_heads} does not divide num_attention_heads={heads}")
+            raise self.refuse("num_key_value_heads", f"{kv_heads} does not divide the {heads} attention heads")
         if family == "qwen2" and hidden % heads and not self.values.get("head_dim"):
             raise self.refuse("num_attention_heads", f"{heads} does not divide hidden_size={hidden}")
         # defaults of transformers where a config leaves the field out

@@ -1,8 +1,8 @@
 """Where every element of a Hugging Face checkpoint lives in a Megatron model split over ranks.
 
 A family is a tuple of `Row`s (see `qwen.py`); `LayoutTable` binds them to an architecture, its layers and
-experts. Every placement is expressed as element ranges along one axis (`TensorLayout.ranges`): import reads just
-those ranges, export writes them back, and resharding intersects them. Importing this module does not import torch.
+experts. Every placement is element ranges along one axis (`TensorLayout.ranges`): import reads just those
+ranges, export writes them back, and resharding intersects them. Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class TensorLayout:
 
 
 def _interleaved(sizes: Sequence[int], blocks: int, owned: range) -> tuple[Range, ...]:
-    """Sources cut into `blocks` equal parts each and interleaved: block b is part b of every source in turn."""
+    """Sources cut into `blocks` equal parts and interleaved: block b is part b of every source in turn."""
     ranges, at = [], 0
     for block in owned:
         for source, size in enumerate(sizes):

@@ -63,8 +63,8 @@ def _attention(architecture: Architecture) -> list[Row]:
         found.append(qkv("bias"))
     if architecture.qk_norm:
         found += [_norm(f"self_attention.{x}_layernorm", f"self_attn.{x}_norm", "head_dim") for x in "qk"]
-    projection = ("self_attn.o_proj.weight", ("hidden", "q"))
-    return [*found, _layer("self_attention.linear_proj.weight", "row", projection)]
+    out = _layer("self_attention.linear_proj.weight", "row", ("self_attn.o_proj.weight", ("hidden", "q")))
+    return [*found, out]
 
 
 def _mlp(name: str, hf_name: str, width: Dim) -> list[Row]:
