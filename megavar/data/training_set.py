@@ -1,0 +1,135 @@
+"""What a fit consumes: token ids with one weight per example, grouped by question, memory-mapped.
+
+An Arrow IPC file rather than Parquet: a step reads random rows, and all ranks of a host share the mapped pages.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+_SCHEMA = pa.schema(
+    [
+        pa.field("question_id", pa.string(), nullable=False),
+        pa.field("ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("response_start", pa.int32(), nullable=False),
+        pa.field("weight", pa.float32(), nullable=False),
+    ]
+)
+_ROWS_PER_BATCH = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One sequence to learn from: `-weight * sum_t log p(ids[t])` over t >= response_start."""
+
+    question_id: str
+    ids: np.ndarray
+    """int32 [n]: prompt then response."""
+    response_start: int
+    """Index of the first response token; at least 1."""
+    weight: float
+    """The objective's weight of this example; the weights of a question sum to the question's mass."""
+
+    @property
+    def response_length(self) -> int:
+        return len(self.ids) - self.response_start
+
+
+def write_training_set(path: Path, examples: Iterable[Example], *, normaliser: float | None = None) -> int:
+    """Stream examples to `path`, atomically; examples of a question must be adjacent. Returns their number.
+
+    normaliser: the loss constant C in tokens; None takes the mean response length of the examples,
+    each counted once (Appendix C of the paper).
+
+    Raises:
+        ValueError: an example without response, or a question whose examples are not adjacent.
+    """
+    partial = path.with_suffix(".partial")
+    count = total = 0
+    starts: list[int] = []
+    seen: set[str] = set()
+    rows: list[Example] = []
+    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
+        for example in examples:
+            if not 1 <= example.response_start < len(example.ids):
+                raise ValueError(f"question {example.question_id}: an example without prompt or response")
+            if not starts or last != example.question_id:  # noqa: F821  bound once starts is not empty
+                if example.question_id in seen:
+                    raise ValueError(f"question {example.question_id}: its examples are not adjacent")
+                seen.add(example.question_id)
+                starts.append(count)
+            last = example.question_id  # noqa: F841
+            count, total = count + 1, total + example.response_length
+            rows.append(example)
+            if len(rows) == _ROWS_PER_BATCH:
+                writer.write_batch(_batch(rows))
+                rows.clear()
+        if rows:
+            writer.write_batch(_batch(rows))
+    meta = {"normaliser": normaliser or (total / count if count else 0.0), "question_starts": [*starts, count]}
+    partial_meta = _meta_path(path).with_suffix(".partial")
+    partial_meta.write_text(json.dumps(meta))
+    os.replace(partial_meta, _meta_path(path))
+    os.replace(partial, path)
+    return count
+
+
+def _batch(rows: list[Example]) -> pa.RecordBatch:
+    offsets = np.cumsum([0, *(len(e.ids) for e in rows)], dtype=np.int32)
+    ids = pa.ListArray.from_arrays(offsets, np.concatenate([e.ids for e in rows]).astype(np.int32))
+    columns = [
+        pa.array([e.question_id for e in rows]),
+        ids,
+        pa.array([e.response_start for e in rows], pa.int32()),
+        pa.array([e.weight for e in rows], pa.float32()),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
+
+
+def _meta_path(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+class TrainingSet:
+    """Random access to a file of `write_training_set`, by question, without loading it."""
+
+    def __init__(self, path: Path) -> None:
+        self._batches = pa.ipc.open_file(pa.memory_map(str(path)))
+        meta = json.loads(_meta_path(path).read_text())
+        self.normaliser: float = meta["normaliser"]
+        """C, in tokens."""
+        self._starts: list[int] = meta["question_starts"]
+
+    @property
+    def num_questions(self) -> int:
+        return len(self._starts) - 1
+
+    @property
+    def num_examples(self) -> int:
+        return self._starts[-1]
+
+    def examples_of(self, question: int) -> range:
+        """Example indices of the question at this position."""
+        return range(self._starts[question], self._starts[question + 1])
+
+    def __getitem__(self, index: int) -> Example:
+        batch = self._batches.get_batch(index // _ROWS_PER_BATCH)
+        row = index % _ROWS_PER_BATCH
+        return Example(
+            question_id=batch["question_id"][row].as_py(),
+            ids=batch["ids"][row].values.to_numpy(),
+            response_start=batch["response_start"][row].as_py(),
+            weight=batch["weight"][row].as_py(),
+        )
+
+    def longest(self) -> int:
+        """Tokens of the longest example, prompt included."""
+        batches = (self._batches.get_batch(i) for i in range(self._batches.num_record_batches))
+        return max((max(b["ids"].value_lengths().to_pylist()) for b in batches), default=0)
