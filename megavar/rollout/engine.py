@@ -1,7 +1,8 @@
 """The one interface between megavar and whatever samples tokens.
 
 An engine knows nothing of templates, questions or verifiers: prompt ids go in, sampled ids with
-their log-probs come out. `megavar.rollout.local` runs in this process; `megavar.rollout.sglang` talks to servers.
+their log-probs come out. `megavar.rollout.local` runs in this process; `megavar.rollout.sglang` talks to
+servers.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Engine(Protocol):
     """A sampler of token ids with one set of weights at a time."""
 
     def generate(self, requests: Iterable[Request], params: SamplingParams) -> Iterator[Completion]:
-        """Yield every completion exactly once, in whatever order they finish; `requests` is consumed lazily."""
+        """Yield every completion exactly once, in the order they finish; `requests` is consumed lazily."""
         ...
 
     def update_weights(self, hf_directory: Path, version: str) -> None:

@@ -1,0 +1,46 @@
+"""Find, token by token, where a stop text is completed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+_REPLACEMENT = "\ufffd"
+
+
+class StopTexts:
+    """Says whether the newest token of a row completes one of the stop texts.
+
+    A token can complete a text only if it holds the text's last character or ends a character that several
+    tokens spell (which decodes to U+FFFD alone). Those tokens are found once, so that almost all sampled
+    tokens cost nothing; for the others a short tail of the row is decoded.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], vocabulary: int) -> None:
+        """vocabulary: number of logits of the model; ids that the tokenizer lacks decode to nothing."""
+        self._tokenizer = tokenizer
+        self._texts = tuple(texts)
+        self._longest = max(len(text) for text in texts)
+        last = {text[-1] for text in texts} | {_REPLACEMENT}
+        known = min(vocabulary, len(tokenizer))
+        pieces = tokenizer.batch_decode(
+            [[token] for token in range(known)], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        self.may_complete = np.zeros(vocabulary, dtype=bool)
+        """bool [V]: whether `completed` needs to be asked after this id."""
+        self.may_complete[:known] = [not last.isdisjoint(piece) for piece in pieces]
+
+    def completed(self, ids: np.ndarray) -> bool:
+        """Whether the text of int [N] `ids` holds a stop text, given that ids[:-1] does not."""
+        # The head of a tail may lose a space or show up to three U+FFFD of a broken character: four spare.
+        needed = self._longest + 4
+        tail = needed
+        while True:
+            text = self._tokenizer.decode(
+                ids[-tail:], skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+            if len(text) >= needed or tail >= len(ids):
+                return any(stop in text for stop in self._texts)
+            tail *= 2

@@ -1,0 +1,52 @@
+"""Tiny models for the engines: random weights, a byte-level vocabulary with pieces of every awkward kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+# GPT-2's byte alphabet: 0xC3 is "Ã", 0xA9 "©", space "Ġ", newline "Ċ". "é" is the two pieces "Ã", "©".
+PIECES = [*"abcdefgh0123456789+=<>/.", "Ã", "©", "Ġ", "Ċ", "</", "ab", "th", "ink", ">Ċ", "Ġa", "cd>"]
+
+
+def write_model(directory: Path, *, seed: int, context: int = 256, scale: float = 0.1) -> Path:
+    vocabulary = {piece: number for number, piece in enumerate(PIECES)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True), AddedToken("<|pad|>", special=True)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
+    fast.save_pretrained(directory)
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=48,  # more logits than tokens, as padded checkpoints have
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=context,
+        initializer_range=scale,
+        tie_word_embeddings=False,
+        eos_token_id=fast.eos_token_id,
+        pad_token_id=fast.pad_token_id,
+        bos_token_id=None,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "a", seed=1)
+
+
+@pytest.fixture(scope="session")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Same shape as `tiny_model`, other weights."""
+    return write_model(tmp_path_factory.mktemp("models") / "b", seed=2)
