@@ -13,7 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    """A table of the recipe: unknown keys, infinities and NaN are errors; instances are immutable."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class Model(Section):
@@ -102,6 +106,7 @@ class Trainer(Section):
     threads: int = Field(default=1, ge=1)
     """CPU threads of each rank."""
     seed: int = 1234
+    """Of the order of questions within each epoch and of every random choice of the trainer."""
 
     @model_validator(mode="after")
     def _divides(self) -> Trainer:
@@ -128,8 +133,11 @@ class Fit(Section):
     warmup: float = Field(default=0.1, ge=0, le=1)
     """Fraction of the steps with linear warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates of the first and second moment."""
     eps: float = Field(default=1e-8, gt=0)
+    """Adam's epsilon."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay (AdamW)."""
     clip: float = Field(default=1.0, ge=0)
     """Clip of the global gradient norm; 0 turns it off."""
     checkpoint_every: int = Field(default=100, ge=0)
@@ -146,9 +154,11 @@ class Rollout(Section):
     temperature: float = Field(default=0.7, gt=0)
     """Of traces and answers alike; log-probs are scored at this temperature."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus of sampling; 1 samples the whole distribution, which is what is scored."""
     max_thought_tokens: int = Field(default=28000, ge=1)
     """A thought cut here has no end marker: kept aside and counted."""
     max_answer_tokens: int = Field(default=4096, ge=1)
+    """A sampled answer cut here counts as wrong."""
     context_length: int | None = Field(default=None, ge=1)
     """Longest prompt plus completion; None takes the model's own limit."""
     batch_size: int = Field(default=64, ge=1)
@@ -156,6 +166,7 @@ class Rollout(Section):
     questions_per_part: int = Field(default=256, ge=1)
     """Questions in one part of the trace store: the unit of resumption."""
     seed: int = 0
+    """Every sample's own seed is derived from this, its question and its index."""
 
 
 class Posterior(Section):
@@ -169,7 +180,8 @@ class Posterior(Section):
 class Arm(Section):
     """One way to train the final policy; all arms take the same number of gradient steps."""
 
-    name: str
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")
+    """Names the arm's phase directory and its row in the table."""
     objective: Literal["sft", "rft", "variational"] = "variational"
     """`sft` repeats the data set; `rft` takes the initial policy's own correct traces; `variational` the weighted posterior traces."""
     estimator: Literal["accuracy", "gml", "likelihood"] = "accuracy"
@@ -196,10 +208,13 @@ class Evaluate(Section):
     samples: int = Field(default=1, ge=1)
     """Completions per held-out question."""
     temperature: float = Field(default=0.7, ge=0)
+    """Of the completions; 0 is greedy."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus of sampling."""
     max_tokens: int = Field(default=38912, ge=1)
     """Thought and answer together."""
     seed: int = 0
+    """Every completion's own seed is derived from this."""
 
 
 class Recipe(Section):
@@ -208,10 +223,15 @@ class Recipe(Section):
     out: Path = Path("runs/run")
     """Run directory; running again in it resumes."""
     model: Model
+    """The base model."""
     data: Data
+    """Training and held-out questions."""
     templates: Templates = Templates()
+    """Prompt templates, shared by training, sampling and evaluation."""
     trainer: Trainer = Trainer()
+    """Processes, parallel layout and micro-batches."""
     rollout: Rollout = Rollout()
+    """Sampling of traces and answers."""
     initial: Fit = Fit()
     """Phase 1: the initial policy, fitted on the data set's traces."""
     posterior: Posterior = Posterior()
@@ -221,7 +241,9 @@ class Recipe(Section):
     warm_start: Literal["base", "initial"] = "base"
     """What the final fits start from: the base model (as the authors did) or the initial policy (Algorithm 1)."""
     arms: tuple[Arm, ...] = (Arm(name="variational", selection="argmax", mix=True, all_zero="original"),)
+    """Ways to train the final policy, compared in one table."""
     evaluate: Evaluate = Evaluate()
+    """Sampling on the held-out questions."""
 
     @model_validator(mode="after")
     def _distinct_arms(self) -> Recipe:

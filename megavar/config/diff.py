@@ -1,0 +1,42 @@
+"""What changed between two recipes, in words."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator
+from typing import Any
+
+NEUTRAL_KEYS = frozenset({"name", "out"})
+"""Keys of the recipe's top level that change no result: they may differ between runs in one directory."""
+NEUTRAL_LEAVES = frozenset({"checkpoint_every"})
+"""Likewise, in whatever section they stand."""
+
+
+def changes(old: str, new: str) -> list[str]:
+    """`dotted.key: old -> new` for every key that differs and changes results. Both are TOML text."""
+    before, after = (dict(_flatten(tomllib.loads(text))) for text in (old, new))
+    return [
+        f"{key}: {_show(before, key)} -> {_show(after, key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not _neutral(key)
+    ]
+
+
+def _neutral(dotted: str) -> bool:
+    return dotted in NEUTRAL_KEYS or dotted.rsplit(".", 1)[-1] in NEUTRAL_LEAVES
+
+
+def _flatten(value: Any, dotted: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and (value or not dotted):
+        for key, element in value.items():
+            yield from _flatten(element, f"{dotted}.{key}" if dotted else key)
+    elif isinstance(value, list) and any(isinstance(element, dict) for element in value):
+        for index, element in enumerate(value):
+            yield from _flatten(element, f"{dotted}.{index}")
+    else:
+        yield dotted, value
+
+
+def _show(flat: dict[str, Any], key: str) -> str:
+    return json.dumps(flat[key], ensure_ascii=False, default=str) if key in flat else "(none)"
