@@ -1,8 +1,8 @@
 """Recipe files: TOML to a typed recipe and back.
 
 A recipe is built in layers, each merged key by key over the one before (lists are replaced whole):
-the defaults, then the file named by a top-level `base = "other.toml"` (relative to the file that names it, and
-with a base of its own if it likes), then the file, then the command line's `--section.key value`.
+the defaults, then the file named by a top-level `base = "other.toml"` (relative to the file that names it; it
+may have a base of its own), then the file, then the command line's `--section.key value`.
 
 Relative paths mean what a reader of each layer expects: in a file they are relative to that file, on the
 command line to the current directory. The loaded recipe holds absolute paths.
@@ -36,7 +36,7 @@ def load_recipe(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> 
     An override's text is read as a TOML value where the key is not text and it parses, and as plain text
     otherwise; `none` unsets a key that may be unset. An element of `arms` is named by position or by name.
 
-    Raises UserError with one line per mistake: file (or option), dotted key, what is wrong, nearest valid name.
+    Raises UserError with one line per mistake: file or option, dotted key, what is wrong, nearest valid name.
     """
     layers = list(_layers(Path(path), ()))
     merged = _defaults()
@@ -71,7 +71,7 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def _defaults() -> dict[str, Any]:
-    """The whole recipe's defaults as plain data, so that a file which sets one key of a section keeps the rest."""
+    """The recipe's defaults as plain data: a file that sets one key of a section keeps the rest of them."""
     plain = {
         name: to_jsonable_python(field.get_default(call_default_factory=True))
         for name, field in Recipe.model_fields.items()
@@ -189,9 +189,9 @@ def _override_value(text: str, annotation: Any, key: str) -> Any:
 
 
 def _origin(error: Any, layers: list[Layer], touched: Mapping[tuple[str, ...], str], path: str) -> str:
-    """Which option or file a mistake came from: the topmost layer that holds the key, else the recipe itself."""
+    """Which option or file a mistake came from: the topmost layer that holds the key, else the recipe."""
     loc = tuple(map(str, error["loc"]))
-    for parts, option in reversed(touched.items()):
+    for parts, option in reversed(list(touched.items())):
         shared = min(len(parts), len(loc))
         # A check across a whole section is blamed on an option only where the option set something in it.
         if parts[:shared] == loc[:shared] and error["type"] != "missing":

@@ -38,7 +38,7 @@ def _show(value: Any) -> str:
 
 
 def _nearest_key(parts: list[str]) -> str:
-    """The nearest name in the same section, else the same name in other sections, else the section's names."""
+    """The nearest name in the same section, else the name in other sections, else the section's names."""
     *parents, name = parts
     model = schema.section(schema.at(parents))
     assert model is not None  # only a section forbids extra keys

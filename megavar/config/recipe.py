@@ -59,7 +59,7 @@ class QuestionSource(Section):
 
 class Data(Section):
     train: QuestionSource
-    """Questions with reference answers and solutions (and traces, where phase 1 and 2 are to be fitted on them)."""
+    """Questions with reference answers and solutions, and with traces where phases 1 and 2 fit them."""
     eval: QuestionSource
     """Held-out questions."""
 
@@ -98,7 +98,7 @@ class Trainer(Section):
     packing: bool = True
     """Several traces per micro-batch with block-diagonal attention; false puts one trace in each."""
     tokens_per_micro_batch: int = Field(default=16384, ge=1)
-    """Token budget of a training micro-batch; a longer trace gets a micro-batch of its own only up to the context length."""
+    """Token budget of a training micro-batch; a longer trace (up to the context length) gets one of its own."""
     scoring_tokens_per_micro_batch: int = Field(default=65536, ge=1)
     """Token budget of a scoring micro-batch (forward only)."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -171,7 +171,7 @@ class Rollout(Section):
 
 class Posterior(Section):
     objective: Literal["sft", "forward_kl"] = "sft"
-    """`sft` fits q on the data set's traces (what the authors ran); `forward_kl` on weighted policy traces (Eq. 9)."""
+    """Fit q on the data set's traces (`sft`, what the authors ran) or on weighted policy traces (Eq. 9)."""
     traces: int = Field(default=8, ge=1, le=256)
     """M: policy traces per question for `forward_kl`."""
     fit: Fit = Fit(questions_per_step=16, epochs=10, warmup=0.05, betas=(0.9, 0.95), weight_decay=1e-4)
@@ -183,7 +183,7 @@ class Arm(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")
     """Names the arm's phase directory and its row in the table."""
     objective: Literal["sft", "rft", "variational"] = "variational"
-    """`sft` repeats the data set; `rft` takes the initial policy's own correct traces; `variational` the weighted posterior traces."""
+    """The data set again, the initial policy's own correct traces, or the weighted posterior traces."""
     estimator: Literal["accuracy", "gml", "likelihood"] = "accuracy"
     """Estimator of c(z) = pi(Y|x,z) (section 4.2 of the paper)."""
     ratio: Literal["geometric", "full", "none"] = "geometric"
@@ -193,14 +193,14 @@ class Arm(Section):
     mix: bool = False
     """Add the data set's own traces, one per question with weight one, as the paper's 17K setting does."""
     all_zero: Literal["skip", "original", "gml"] = "skip"
-    """A question whose c is zero on every trace: leave it out, use the data set's trace, or fall back to GML weights."""
+    """Where c is zero on every trace: skip the question, use the data set's trace, or weigh by GML."""
     answer: Literal["reference", "sampled"] = "reference"
-    """Answer text that follows a trace: the reference solution, or the correct sampled answers of that trace, sharing its weight."""
+    """What follows a trace: the reference solution, or its correct sampled answers, which share its weight."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Arm:
         if self.answer == "sampled" and self.estimator != "accuracy":
-            raise ValueError('answer = "sampled" needs estimator = "accuracy": other estimators sample no answers')
+            raise ValueError('answer = "sampled" needs estimator = "accuracy": others sample no answers')
         return self
 
 
@@ -239,7 +239,7 @@ class Recipe(Section):
     final: Fit = Fit(questions_per_step=192)
     """Phase 9: every arm's fit."""
     warm_start: Literal["base", "initial"] = "base"
-    """What the final fits start from: the base model (as the authors did) or the initial policy (Algorithm 1)."""
+    """Where the final fits start: the base model (as the authors did) or the initial policy (Algorithm 1)."""
     arms: tuple[Arm, ...] = (Arm(name="variational", selection="argmax", mix=True, all_zero="original"),)
     """Ways to train the final policy, compared in one table."""
     evaluate: Evaluate = Evaluate()

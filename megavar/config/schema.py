@@ -85,7 +85,7 @@ class Key:
 
 
 def keys(model: type[BaseModel] = Recipe, prefix: str = "", defaults: Any = None) -> Iterator[Key]:
-    """Every leaf below `model`, in declaration order; `defaults` is an instance whose values are the defaults."""
+    """Every leaf below `model`, in declaration order; `defaults` is an instance that holds the defaults."""
     for name, field in model.model_fields.items():
         dotted = f"{prefix}{name}"
         required = defaults is None and field.is_required()
