@@ -213,7 +213,7 @@ class _Config:
         hidden, heads = self.integer("hidden_size"), self.integer("num_attention_heads")
         kv_heads = self.integer("num_key_value_heads")
         if heads % kv_heads:
-            raise self.refuse("num_key_value_heads", f"{kv_heads} does not divide the {heads} attention heads")
+            raise self.refuse("num_key_value_heads", f"{kv_heads} does not divide {heads} attention heads")
         if family == "qwen2" and hidden % heads and not self.values.get("head_dim"):
             raise self.refuse("num_attention_heads", f"{heads} does not divide hidden_size={hidden}")
         # defaults of transformers where a config leaves the field out

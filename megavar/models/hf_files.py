@@ -1,4 +1,4 @@
-"""The safetensors of a Hugging Face directory: which tensor lies in which file, checked from the headers alone.
+"""The safetensors of a Hugging Face directory: which tensor lies in which file, checked from headers alone.
 
 Format: https://huggingface.co/docs/safetensors/index (8 bytes of header length, a JSON header, the data).
 Importing this module does not import torch.
@@ -44,19 +44,20 @@ class HFDirectory:
 def check_hf_directory(hf_dir: str | Path, architecture: Architecture) -> HFDirectory:
     """Everything that can be known before reading weights.
 
-    Raises UserError naming the file and tensor: no weights, index and files that disagree, a truncated file, a
-    tensor missing, of the wrong shape, of a type that cannot be trained, or unknown to the architecture.
+    Raises UserError naming the file and tensor: no weights, index and files that disagree, a truncated file,
+    a tensor missing, of the wrong shape, of a type that cannot be trained, or unknown to the architecture.
     """
     path = Path(hf_dir)
     tensors = _tensors(path)
     expected = layout_table(architecture).checkpoint
     for name, shape in expected.items():
         if name not in tensors:
-            raise UserError(f"{path}: tensor {name} is missing; the checkpoint does not match its config.json")
-        if tensors[name].shape != shape:
+            raise UserError(f"{path}: tensor {name} is missing; the weights do not match their config.json")
+        found = tensors[name]
+        if found.shape != shape:
             raise UserError(
-                f"{tensors[name].file}: tensor {name} has shape {list(tensors[name].shape)}, but config.json asks "
-                f"for {list(shape)}; use the config.json that belongs to these weights"
+                f"{found.file}: tensor {name} has shape {list(found.shape)}, but config.json asks for "
+                f"{list(shape)}; use the config.json that belongs to these weights"
             )
     for name, stored in tensors.items():
         if name in expected or name.endswith(".rotary_emb.inv_freq"):  # old files store this derived constant
@@ -80,7 +81,7 @@ def _tensors(path: Path) -> dict[str, StoredTensor]:
         return read_header(path / SINGLE)
     if not path.is_dir():
         raise UserError(f"{path} does not exist; give a Hugging Face model directory")
-    hint = "convert the .bin weights to safetensors" if any(path.glob("*.bin")) else "download the weights again"
+    hint = "convert the .bin weights to safetensors" if any(path.glob("*.bin")) else "download it again"
     raise UserError(f"{path} holds neither {INDEX} nor {SINGLE}; {hint}")
 
 
@@ -95,11 +96,11 @@ def _indexed(path: Path) -> dict[str, StoredTensor]:
     for file in files:
         if not (path / file).is_file():
             count = sum(1 for f in weight_map.values() if f == file)
-            raise UserError(f"{path / file} is missing: {INDEX} places {count} tensors in it; download it again")
+            raise UserError(f"{path / file} is missing: {INDEX} places {count} tensors there; download it")
         headers[file] = read_header(path / file)
     for name, file in weight_map.items():
         if name not in headers[file]:
-            raise UserError(f"{path / file} does not hold tensor {name}, though {INDEX} says so; download both again")
+            raise UserError(f"{path / file} lacks tensor {name}, which {INDEX} places there; download both")
     return {name: headers[file][name] for name, file in weight_map.items()}
 
 
@@ -110,10 +111,10 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         prefix = stream.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= _HEADER_LIMIT:
-            raise UserError(f"{file} is not a safetensors file (header of {length} bytes); download it again")
+            raise UserError(f"{file} is no safetensors file, or truncated ({size} bytes); download it again")
         raw = stream.read(length)
     if len(raw) < length:
-        raise UserError(f"{file} is truncated in its header: {size} of {8 + length}+ bytes; download it again")
+        raise UserError(f"{file} is truncated: {size} bytes, its header alone has {length}; download it again")
     try:
         header: dict[str, Any] = json.loads(raw)
         header.pop("__metadata__", None)

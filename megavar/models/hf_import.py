@@ -22,8 +22,8 @@ def load_hf_weights(
     """Fills every parameter of this rank in place, casting to its dtype; vocabulary padding becomes zero.
 
     model_chunks: this rank's GPTModel chunks (one, or one per virtual stage), built from `architecture` under
-    Megatron's current parallel state; Float16Module and DDP wrappers are looked through. An optimizer that keeps
-    float32 copies must be built afterwards, or told by `reload_model_params`. Not collective.
+    Megatron's current parallel state; Float16Module and DDP wrappers are looked through. An optimizer that
+    keeps float32 copies must be built afterwards, or told by `reload_model_params`. Not collective.
 
     Raises UserError (see `check_hf_directory`) before any parameter is touched.
     """

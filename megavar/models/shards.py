@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
@@ -27,8 +28,8 @@ class LocalShard:
 def local_shards(model_chunks: Sequence[torch.nn.Module], table: LayoutTable) -> list[LocalShard]:
     """Every parameter of this rank's chunks, in table order. Chunks may be wrapped (Float16Module, DDP).
 
-    Raises ValueError for a parameter that the table does not know or that has another shape there: the model was
-    not built from the table's architecture.
+    Raises ValueError for a parameter that the table does not know or that has another shape there: the model
+    was not built from the table's architecture.
     """
     shards = {}
     for chunk in model_chunks:
@@ -37,7 +38,7 @@ def local_shards(model_chunks: Sequence[torch.nn.Module], table: LayoutTable) ->
             canonical = numbering.globally(canonical_name(name))
             tensor = table.by_name.get(canonical)
             if tensor is None:
-                raise ValueError(f"parameter {name} is not in the layout table of {table.architecture.family}")
+                raise ValueError(f"parameter {name} is not in the {table.architecture.family} layout table")
             shard = _place(tensor, parameter)
             if tuple(parameter.shape) != tensor.shard_shape(shard.ranks):
                 raise ValueError(
@@ -61,13 +62,14 @@ def _place(tensor: TensorLayout, parameter: torch.nn.Parameter) -> LocalShard:
 class _Numbering:
     """Layer and expert numbers of one chunk, from local to global; the modules themselves know theirs."""
 
-    def __init__(self, chunk: torch.nn.Module) -> None:
+    def __init__(self, chunk: Any) -> None:
         while hasattr(chunk, "module"):
             chunk = chunk.module
-        self.layers = {i: layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
+        layers = chunk.decoder.layers
+        self.layers = {i: layer.layer_number - 1 for i, layer in enumerate(layers)}
         self.experts = {
             (i, local): expert
-            for i, layer in enumerate(chunk.decoder.layers)
+            for i, layer in enumerate(layers)
             for local, expert in enumerate(getattr(layer.mlp, "local_expert_indices", ()))
         }
 
