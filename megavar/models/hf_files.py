@@ -114,7 +114,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             raise UserError(f"{file} is no safetensors file, or truncated ({size} bytes); download it again")
         raw = stream.read(length)
     if len(raw) < length:
-        raise UserError(f"{file} is truncated: {size} bytes, its header alone has {length}; download it again")
+        raise UserError(f"{file} is truncated: {size} bytes, its header has {length}; download it again")
     try:
         header: dict[str, Any] = json.loads(raw)
         header.pop("__metadata__", None)

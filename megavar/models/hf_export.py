@@ -1,0 +1,251 @@
+"""From this run's Megatron parameters, however split, to a complete Hugging Face directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from megavar.errors import UserError
+from megavar.models.architecture import DTYPES, Architecture, Dtype, read_architecture
+from megavar.models.families import layout_table
+from megavar.models.hf_files import INDEX, SINGLE, check_hf_directory
+from megavar.models.layout import LayoutTable, TensorLayout
+from megavar.models.shards import LocalShard, local_shards
+
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates",
+)
+"""Files (and one directory) that travel with the weights byte for byte, as glob patterns."""
+
+
+class _File(NamedTuple):
+    name: str
+    writer: int
+    """Rank that gathers and writes it."""
+    tensors: list[TensorLayout]
+
+
+def export_hf(
+    model_chunks: Sequence[torch.nn.Module],
+    architecture: Architecture,
+    source_hf_dir: str | Path,
+    out_dir: str | Path,
+    *,
+    dtype: Dtype | None = None,
+    max_shard_bytes: int = 5 << 30,
+    overwrite: bool = False,
+) -> None:
+    """Writes weights, index, config, tokenizer and chat template; collective over all ranks.
+
+    Shards travel tensor by tensor to the rank that writes them, so a writer holds one output file at a time.
+    The directory appears under its name only when it is complete and checked; all ranks must see the same file
+    system.
+
+    model_chunks: as for `load_hf_weights`. source_hf_dir: where config, tokenizer and generation settings come
+    from. dtype: of the written weights; None keeps the parameters' own. max_shard_bytes: size of an output
+    file, exceeded only by what one parameter holds. overwrite: replace a directory that is already there.
+
+    Raises UserError on every rank: the target exists or cannot be written, or the source's config.json is of
+    another architecture.
+    """
+    source, out = Path(source_hf_dir), Path(out_dir)
+    partial = out.parent / f".{out.name}.partial"
+    _on_main(lambda: _prepare(architecture, source, out, partial, overwrite))
+    table = layout_table(architecture)
+    mine = {shard.tensor.name: shard for shard in local_shards(model_chunks, table)}
+    holders = _holders(mine)
+    written: Dtype = dtype or _dtype_name(next(iter(mine.values())).parameter.dtype)
+    files = _plan(table, holders, torch.finfo(getattr(torch, written)).bits // 8, max_shard_bytes)
+    failures: list[str] = []
+    for file in files:
+        tensors = dict(_gather(file, mine, holders, getattr(torch, written)))
+        if dist.get_rank() == file.writer:
+            try:
+                save_file(tensors, partial / file.name, metadata={"format": "pt"})
+            except (OSError, SafetensorError) as error:  # others still wait for this rank's part
+                failures.append(f"{partial / file.name} cannot be written: {error}")
+    _raise_any(failures)
+    _on_main(lambda: _finish(architecture, source, out, partial, files, written))
+
+
+def verify_export(out_dir: str | Path, *, load: bool = False) -> None:
+    """Checks that a directory is complete; with `load`, that transformers finds a place for each weight.
+
+    Raises UserError naming what is wrong. `load` needs memory for the whole model.
+    """
+    out = Path(out_dir)
+    check_hf_directory(out, read_architecture(out))
+    if not load:
+        return
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(out, dtype="auto", output_loading_info=True)
+    info = loaded[1]
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info.get(problem):
+            raise UserError(f"{out}: transformers reports {problem}: {sorted(map(str, info[problem]))[:5]}")
+
+
+def _raise_any(failures: list[str]) -> None:
+    """Waits for every rank; the first rank's failure is raised on all, so that none waits for another."""
+    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, failures)
+    for message in sum(everyone, []):
+        raise UserError(message)
+
+
+def _on_main(action: Callable[[], None]) -> None:
+    failures = []
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except UserError as error:
+            failures.append(str(error))
+        except OSError as error:
+            failures.append(f"{error.filename} cannot be written: {error.strerror}")
+    _raise_any(failures)
+
+
+def _prepare(architecture: Architecture, source: Path, out: Path, partial: Path, overwrite: bool) -> None:
+    theirs = read_architecture(source)
+    for field in Architecture.__dataclass_fields__:
+        ours, value = getattr(architecture, field), getattr(theirs, field)
+        if ours != value and field != "dtype":
+            raise UserError(f"{source / 'config.json'}: {field} is {value}, but the model's is {ours}")
+    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} already exists; choose another directory or allow overwriting")
+    if out.resolve() == source.resolve():
+        raise UserError(f"{out} is the directory the tokenizer is taken from; choose another")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    partial.mkdir(parents=True)
+
+
+def _holders(mine: dict[str, LocalShard]) -> dict[str, list[int]]:
+    """Canonical name -> for each shard, the rank that sends it: of all that hold the same, the lowest."""
+    claims = [
+        (name, shard.rank, shard.ranks)
+        for name, shard in mine.items()
+        if shard.replica == 0 and not shard.tensor.tied_copy
+    ]
+    everyone: list[list[tuple[str, int, int]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, claims)
+    holders: dict[str, list[int]] = {}
+    for rank in reversed(range(len(everyone))):
+        for name, shard, shards in everyone[rank]:
+            holders.setdefault(name, [-1] * shards)[shard] = rank
+    return holders
+
+
+def _plan(
+    table: LayoutTable, holders: dict[str, list[int]], itemsize: int, max_shard_bytes: int
+) -> list[_File]:
+    """Output files, the same on every rank: whoever holds first shards fills its own, in table order."""
+    groups: list[tuple[int, list[TensorLayout]]] = []
+    by_writer: dict[int, list[TensorLayout]] = {}
+    for tensor in table.tensors:
+        if not tensor.tied_copy:
+            if tensor.name not in holders:
+                raise ValueError(f"no rank holds {tensor.name}: pass all chunks of the model")
+            by_writer.setdefault(holders[tensor.name][0], []).append(tensor)
+    for writer, tensors in by_writer.items():
+        room = 0
+        for tensor in tensors:
+            size = sum(torch.Size(source.shape).numel() for source in tensor.sources) * itemsize
+            if size > room or not groups or groups[-1][0] != writer:
+                groups.append((writer, []))
+                room = max_shard_bytes
+            groups[-1][1].append(tensor)
+            room -= size
+    if len(groups) == 1:
+        return [_File(SINGLE, *groups[0])]
+    return [
+        _File(f"model-{number:05d}-of-{len(groups):05d}.safetensors", *group)
+        for number, group in enumerate(groups, start=1)
+    ]
+
+
+def _gather(
+    file: _File, mine: dict[str, LocalShard], holders: dict[str, list[int]], dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Sends this rank's shards of a file; on its writer, yields the whole tensors in host memory.
+
+    Every rank walks the tensors in the same order, so a send always meets its receive.
+    """
+    rank = dist.get_rank()
+    for tensor in file.tensors:
+        ranks = holders[tensor.name][: 1 if tensor.copies else None]
+        held = mine.get(tensor.name)
+        if rank != file.writer:
+            if held is not None and rank in ranks:
+                dist.send(held.parameter.detach().contiguous(), dst=file.writer)
+            continue
+        assert held is not None
+        shards = []
+        for holder in ranks:
+            shard = held.parameter.detach()
+            if holder != rank:
+                shard = torch.empty_like(shard, memory_format=torch.contiguous_format)
+                dist.recv(shard, src=holder)
+            shards.append(shard)
+        for source, whole in zip(tensor.sources, tensor.unshard(shards), strict=True):
+            yield source.name, whole.to("cpu", dtype)
+
+
+def _dtype_name(dtype: torch.dtype) -> Dtype:
+    return next(name for name in DTYPES if getattr(torch, name) == dtype)
+
+
+def _finish(
+    architecture: Architecture, source: Path, out: Path, partial: Path, files: list[_File], dtype: Dtype
+) -> None:
+    """Everything beside the weights, the check, and the rename that makes the export visible."""
+    if len(files) > 1:
+        itemsize = torch.finfo(getattr(torch, dtype)).bits // 8
+        shapes = layout_table(architecture).checkpoint.values()
+        total = sum(torch.Size(shape).numel() for shape in shapes) * itemsize
+        places = {s.name: file.name for file in files for tensor in file.tensors for s in tensor.sources}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    _copy_config(architecture, source, partial, dtype)
+    for pattern in COMPANIONS:
+        for path in source.glob(pattern):
+            if path.is_dir():
+                shutil.copytree(path, partial / path.name)
+            else:
+                shutil.copyfile(path, partial / path.name)
+    verify_export(partial)
+    old = out.parent / f".{out.name}.replaced"
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        os.replace(out, old)
+    os.replace(partial, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _copy_config(architecture: Architecture, source: Path, partial: Path, dtype: Dtype) -> None:
+    if read_architecture(source).dtype == dtype:
+        shutil.copyfile(source / "config.json", partial / "config.json")
+        return
+    config: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    # transformers 4 says torch_dtype and 5 says dtype; both read the older name
+    names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
+    config.update(dict.fromkeys(names, dtype))
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (partial / "config.json").write_text(text, encoding="utf-8")
