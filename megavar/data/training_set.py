@@ -51,8 +51,9 @@ def write_training_set(path: Path, examples: Iterable[Example], *, normaliser: f
     Raises:
         ValueError: an example without response, or a question whose examples are not adjacent.
     """
-    partial = path.with_suffix(".partial")
+    partial, partial_meta = path.with_name(path.name + ".partial"), path.with_name("meta.partial")
     count = total = 0
+    last: str | None = None
     starts: list[int] = []
     seen: set[str] = set()
     rows: list[Example] = []
@@ -60,12 +61,12 @@ def write_training_set(path: Path, examples: Iterable[Example], *, normaliser: f
         for example in examples:
             if not 1 <= example.response_start < len(example.ids):
                 raise ValueError(f"question {example.question_id}: an example without prompt or response")
-            if not starts or last != example.question_id:  # noqa: F821  bound once starts is not empty
+            if example.question_id != last:
                 if example.question_id in seen:
                     raise ValueError(f"question {example.question_id}: its examples are not adjacent")
                 seen.add(example.question_id)
                 starts.append(count)
-            last = example.question_id  # noqa: F841
+            last = example.question_id
             count, total = count + 1, total + example.response_length
             rows.append(example)
             if len(rows) == _ROWS_PER_BATCH:
@@ -74,7 +75,6 @@ def write_training_set(path: Path, examples: Iterable[Example], *, normaliser: f
         if rows:
             writer.write_batch(_batch(rows))
     meta = {"normaliser": normaliser or (total / count if count else 0.0), "question_starts": [*starts, count]}
-    partial_meta = _meta_path(path).with_suffix(".partial")
     partial_meta.write_text(json.dumps(meta))
     os.replace(partial_meta, _meta_path(path))
     os.replace(partial, path)

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -105,9 +106,13 @@ def global_batch(training_set: TrainingSet, step: int, questions_per_step: int, 
     count = training_set.num_questions
     for place in range(step * questions_per_step, (step + 1) * questions_per_step):
         epoch, offset = divmod(place, count)
-        question = np.random.default_rng((seed, epoch)).permutation(count)[offset]
-        for index in training_set.examples_of(int(question)):
+        for index in training_set.examples_of(int(_epoch_order(count, seed, epoch)[offset])):
             yield training_set[index]
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 def _check(model: Model, training_set: TrainingSet, tokens_per_micro_batch: int) -> None:
