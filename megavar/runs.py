@@ -56,11 +56,7 @@ class Phase:
     @property
     def manifest(self) -> dict[str, Any] | None:
         """The manifest if the phase is finished with this hash and every file of it still has its size."""
-        stored = _read_json(self.path / "manifest.json")
-        if stored is None or stored["hash"] != self.hash:
-            return None
-        intact = all(_size(self.path / name) == size for name, size in stored["files"].items())
-        return stored if intact else None
+        return _finished(self.path, self.hash)
 
     @property
     def done(self) -> bool:
@@ -70,7 +66,7 @@ class Phase:
     def finish(self, counts: Mapping[str, int], metrics: Mapping[str, Any]) -> None:
         """Write the manifest; every file of the phase must be complete. Other ranks' calls do nothing.
 
-        Let the ranks meet (a barrier) after this, before any of them opens a phase that has this one as input.
+        Let the ranks meet (a barrier) between this and the opening of a phase that has this one as input.
         """
         if not self.writer:
             return
@@ -102,9 +98,9 @@ class RunDirectory:
     def open(cls, recipe: Recipe, *, force: bool = False, writer: bool = True) -> Self:
         """Create or reopen `recipe.out` for this recipe; the launcher's call, before any rank starts.
 
-        A stored recipe that differs is refused with the differences, unless `force`: then the new one is
-        stored, and the phases that the change touches are redone. With `writer=False` wait until another
-        process has stored this recipe.
+        Once a phase has started, a recipe that differs from the stored one is refused with the differences,
+        unless `force`: then the new one is stored, and the phases that the change touches are redone. With
+        `writer=False` wait until another process has stored this recipe.
 
         Raises UserError: directory not writable, not a run directory, in use, or of another recipe.
         """
@@ -193,6 +189,22 @@ class RunDirectory:
         print(f"{path.relative_to(self.path)}: config or inputs changed; kept as {was}", file=sys.stderr)
 
 
+def phase_status(path: Path) -> tuple[str, dict[str, Any] | None]:
+    """Status of a started phase's directory in words, and its manifest if it is finished."""
+    manifest = _finished(path, _hash_of(path / "phase.json"))
+    if manifest is not None:
+        return "finished", manifest
+    return "files are missing" if (path / "manifest.json").exists() else "not finished", None
+
+
+def _finished(path: Path, digest: str | None) -> dict[str, Any] | None:
+    stored = _read_json(path / "manifest.json")
+    if stored is None or stored["hash"] != digest:
+        return None
+    intact = all(_size(path / name) == size for name, size in stored["files"].items())
+    return stored if intact else None
+
+
 def _store(path: Path, recipe: Recipe, force: bool) -> None:
     stored, text = path / "recipe.toml", dump_recipe(recipe)
     if not stored.exists():
@@ -205,7 +217,7 @@ def _store(path: Path, recipe: Recipe, force: bool) -> None:
         except UserError:
             pass  # Of another version: it cannot be loaded, but its keys can still be compared.
         differences = _changes(stored, old, text)
-        if differences and not force:
+        if differences and not force and any(path.rglob("phase.json")):
             listing = "".join(f"\n  {line}" for line in differences)
             raise UserError(
                 f"{path}: holds a run of another recipe (stored -> asked):{listing}\n"

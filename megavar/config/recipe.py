@@ -98,7 +98,7 @@ class Trainer(Section):
     packing: bool = True
     """Several traces per micro-batch with block-diagonal attention; false puts one trace in each."""
     tokens_per_micro_batch: int = Field(default=16384, ge=1)
-    """Token budget of a training micro-batch; a longer trace (up to the context length) gets one of its own."""
+    """Token budget of a training micro-batch; a longer trace (up to the context length) gets its own."""
     scoring_tokens_per_micro_batch: int = Field(default=65536, ge=1)
     """Token budget of a scoring micro-batch (forward only)."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -195,7 +195,7 @@ class Arm(Section):
     all_zero: Literal["skip", "original", "gml"] = "skip"
     """Where c is zero on every trace: skip the question, use the data set's trace, or weigh by GML."""
     answer: Literal["reference", "sampled"] = "reference"
-    """What follows a trace: the reference solution, or its correct sampled answers, which share its weight."""
+    """What follows a trace: the reference solution, or its correct sampled answers, sharing its weight."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Arm:

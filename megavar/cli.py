@@ -1,0 +1,205 @@
+"""The `megavar` command. Heavy imports are made by the verb that needs them: `--help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megavar import __version__
+from megavar.errors import UserError
+
+RUN_USAGE = "megavar run RECIPE.toml [--section.key value ...] [--dry-run] [--force] [--until PHASE]"
+COMMANDS = {"score": "score", "eval": "eval", "export": "export", "import": "import_"}
+"""Verb -> module of megavar.commands; `import` is a keyword of the language."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        overrides: list[tuple[str, str]] = []
+        if arguments[:1] == ["run"]:
+            arguments, overrides = split_overrides(arguments)
+        args = _parser().parse_args(arguments)
+        if args.verb == "run":
+            return _run(args, overrides)
+        if args.verb == "show":
+            from megavar.report.show import show
+
+            return show(args.run)
+        import importlib
+
+        return importlib.import_module(f"megavar.commands.{COMMANDS[args.verb]}").run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Separate `--section.key value` and `--section.key=value` from what argparse knows.
+
+    Raises UserError for an override without a value.
+    """
+    kept: list[str] = []
+    overrides: list[tuple[str, str]] = []
+    rest = iter(arguments)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if not word.startswith("--") or name in ("--dry-run", "--force", "--help"):
+            kept.append(word)
+        elif name == "--until":
+            kept += [word] if equals else [word, *[v for v in [next(rest, None)] if v is not None]]
+        else:
+            if not equals:
+                value = next(rest, "--")
+                if value.startswith("--"):
+                    raise UserError(f"{name}: needs a value: {name} VALUE (or {name}=VALUE)")
+            overrides.append((name.removeprefix("--"), value))
+    return kept, overrides
+
+
+def _run(args: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
+    from megavar.config.load import dump_recipe, load_recipe
+
+    recipe = load_recipe(args.recipe, overrides)
+    if args.dry_run:
+        print(dump_recipe(recipe), end="")
+        return 0
+    from megavar import rounds
+    from megavar.runs import RunDirectory
+
+    rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if (rank is None) != (world is None):
+        raise UserError("RANK and WORLD_SIZE: set both (as torchrun does) or neither")
+    if world is not None and int(world) != recipe.trainer.ranks:
+        raise UserError(f"trainer.ranks is {recipe.trainer.ranks}, but {world} processes were started")
+    rounds.preflight(recipe)
+    with RunDirectory.open(recipe, force=args.force, writer=rank in (None, "0")):
+        if rank is not None:
+            rounds.main(recipe.out, until=args.until)
+            return 0
+        from megavar.launch import launch
+
+        ranks, threads = recipe.trainer.ranks, recipe.trainer.threads
+        return launch(recipe.out, ranks=ranks, threads=threads, until=args.until, module="megavar.rounds")
+
+
+class _RecipeKeys(argparse.Action):
+    """`run --help`: argparse's own help, then every key of the recipe."""
+
+    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
+        from megavar.config.describe import describe_keys
+
+        print(parser.format_help())
+        print(describe_keys())
+        parser.exit()
+
+
+def _parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="megavar", description="Trains language models by variational reasoning.", allow_abbrev=False
+    )
+    top.add_argument("--version", action="version", version=f"megavar {__version__}")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, text: str, **more: object) -> argparse.ArgumentParser:
+        return verbs.add_parser(name, help=text, description=text, allow_abbrev=False, **more)  # type: ignore
+
+    text = "Train by a recipe; run again in the same directory to resume."
+    run = verb("run", text, usage=RUN_USAGE, add_help=False)
+    run.add_argument("recipe", type=Path, metavar="RECIPE.toml")
+    run.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+    run.add_argument("--force", action="store_true", help="accept a changed recipe; redo what it changes")
+    run.add_argument("--until", metavar="PHASE", help="stop after this phase")
+    run.add_argument("-h", "--help", nargs=0, action=_RecipeKeys, help="this, and every key of the recipe")
+
+    score = verb("score", "Log-probs of given responses under a model.")
+    score.add_argument("model", type=Path, metavar="MODEL_DIR", help="Hugging Face directory")
+    score.add_argument(
+        "input",
+        type=Path,
+        help=".jsonl or .parquet with `prompt` and `response` texts, or `prompt_ids` and `response_ids`",
+    )
+    score.add_argument("--out", type=Path, required=True, help=".jsonl or .parquet: rows with log-probs")
+    score.add_argument("--temperature", type=_positive_float, default=1.0, help="logits are divided by it")
+    score.add_argument("--tokens-per-micro-batch", type=_positive_int, default=65536, help="token budget")
+    _layout(score)
+
+    evaluate = verb("eval", "Accuracy of a model on questions, with a confidence interval.")
+    evaluate.add_argument("model", type=Path, metavar="MODEL_DIR", help="Hugging Face directory")
+    evaluate.add_argument(
+        "--data",
+        required=True,
+        metavar="SPEC|RECIPE.toml",
+        help="gym:NAME, a .jsonl or .parquet file, a data set directory; or a recipe, whose held-out "
+        "questions, templates and `evaluate` section are used where no option says otherwise",
+    )
+    evaluate.add_argument("--size", type=_positive_int, help="take this many questions")
+    evaluate.add_argument("--verifier", default="", help="for questions that name none")
+    evaluate.add_argument("--template", help="the policy's prompt template")
+    evaluate.add_argument("--samples", type=_positive_int, help="completions per question")
+    evaluate.add_argument("--temperature", type=_float_from_zero, help="0 is greedy")
+    evaluate.add_argument("--top-p", type=_fraction, help="nucleus of sampling")
+    evaluate.add_argument("--max-tokens", type=_positive_int, help="thought and answer together")
+    evaluate.add_argument("--seed", type=int, help="of questions (gym) and completions")
+    evaluate.add_argument("--out", type=Path, help=".jsonl or .parquet: every completion with its verdict")
+    _dtype(evaluate)
+
+    export = verb("export", "Write a trained model as a complete Hugging Face directory.")
+    export.add_argument("source", type=Path, metavar="RUN_DIR|CHECKPOINT", help="run or Megatron checkpoint")
+    export.add_argument("out", type=Path, metavar="OUT", help="new or empty directory")
+    export.add_argument("--arm", metavar="NAME", help="of a run; also `initial`, `posterior`")
+    export.add_argument("--shard-gib", type=_positive_float, default=5.0, help="of a safetensors file")
+
+    bring = verb("import", "Write a Hugging Face model as a Megatron checkpoint.")
+    bring.add_argument("model", type=Path, metavar="HF_DIR", help="Hugging Face directory")
+    bring.add_argument("out", type=Path, metavar="OUT", help="new or empty directory")
+    _layout(bring)
+
+    show = verb("show", "What a run directory holds: its phases, and the table of its arms.")
+    show.add_argument("run", type=Path, metavar="RUN_DIR")
+    return top
+
+
+def _layout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tp", type=_positive_int, default=1, help="tensor parallelism")
+    parser.add_argument("--pp", type=_positive_int, default=1, help="pipeline parallelism")
+    parser.add_argument("--ranks", type=_positive_int, help="processes; tp * pp when left out")
+    _dtype(parser)
+
+
+def _dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+
+
+def _positive_int(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _positive_float(text: str) -> float:
+    if not 0 < (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+
+def _float_from_zero(text: str) -> float:
+    if not 0 <= (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be 0 or above, got {text}")
+    return value
+
+
+def _fraction(text: str) -> float:
+    if not 0 < (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""Starts the ranks of a run on this machine and tells the user what went wrong in one of them, once.
+
+`megavar run` -> agent (`python -m megavar.launch agent`, torchrun's own agent) -> ranks (`... rank`). Each
+process dies with the one that started it, so nothing survives a killed command. A rank hands its error to the
+agent in the file that torchrun provides; the agent prints the first one instead of torchrun's summary of all.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from megavar.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+_PARENT = "MEGAVAR_PARENT_PROCESS"
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def launch(run_dir: Path, *, ranks: int, threads: int, until: str | None, module: str) -> int:
+    """Run `module.main(run_dir, until=until)` in `ranks` processes with `threads` CPU threads each.
+
+    Returns the exit status: 0, 2 after a UserError, 1 after another error, 128 + N after signal N. SIGINT and
+    SIGTERM stop the ranks; a second one kills them. Every descendant of this process is gone on return.
+    """
+    import psutil
+
+    # What a dying rank leaves behind (engine servers) becomes our child, and is found below.
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    agent = subprocess.Popen(
+        [sys.executable, "-m", "megavar.launch", "agent", str(ranks), module, str(run_dir), until or ""],
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), _PARENT: str(os.getpid())},
+        start_new_session=True,
+    )
+    received: list[int] = []
+
+    def forward(number: int, frame: Any) -> None:
+        received.append(number)
+        agent.send_signal(signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        status = agent.wait()
+    finally:
+        for process in psutil.Process().children(recursive=True):
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        return 128 + received[0]
+    return 128 - status if status < 0 else status
+
+
+def _agent(ranks: str, module: str, run_dir: str, until: str) -> int:
+    _die_with_parent(signal.SIGTERM)
+    logging.disable(logging.ERROR)  # torchrun's own account of a failure; ours is printed below
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    os.environ[_PARENT] = str(os.getpid())
+    workers = ["-m", "megavar.launch", "rank", module, run_dir, until]
+    try:
+        run(parse_args(["--standalone", "--nproc-per-node", ranks, *workers]))
+    except ChildFailedError as error:
+        return _report(error)
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+def _report(error: ChildFailedError) -> int:
+    """Print the failure that came first; the others are mostly ranks that lost their peer."""
+
+    def moment(item: tuple[int, Any]) -> float:
+        details = item[1].error_file_data["message"]
+        if isinstance(details, dict):
+            return details["extraInfo"]["moment"]
+        # Without a word it was killed, before all complaints, or stopped by the agent, after them.
+        return float("inf") if item[1].exitcode == -signal.SIGTERM else 0.0
+
+    rank, failure = min(error.failures.items(), key=moment)
+    details = failure.error_file_data["message"]
+    if isinstance(details, dict):
+        if details["extraInfo"]["user"]:
+            print(f"error: {details['message']}", file=sys.stderr)
+            return 2
+        print(details["extraInfo"]["py_callstack"], file=sys.stderr)
+        print(f"error: rank {rank} failed: {details['message']}", file=sys.stderr)
+        return 1
+    if failure.exitcode < 0:
+        hint = "; was the machine out of memory?" if failure.exitcode == -signal.SIGKILL else ""
+        print(f"error: rank {rank} was killed by {failure.signal_name()}{hint}", file=sys.stderr)
+        return 128 - failure.exitcode
+    print(f"error: rank {rank} exited with status {failure.exitcode}", file=sys.stderr)
+    return failure.exitcode
+
+
+def _rank(module: str, run_dir: str, until: str) -> NoReturn:
+    _die_with_parent(signal.SIGKILL)
+    status = 0
+    try:
+        importlib.import_module(module).main(Path(run_dir), until=until or None)
+    except UserError as error:
+        status = 2
+        _hand_over(str(error), user=True)
+    except KeyboardInterrupt:
+        status = 130
+    except Exception as error:
+        status = 1
+        _hand_over(f"{type(error).__name__}: {error}", user=False)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status:
+        # An orderly exit would wait for peers in the destructors of process groups.
+        os._exit(status)
+    sys.exit(0)
+
+
+def _hand_over(message: str, *, user: bool) -> None:
+    now = time.time()
+    stack = traceback.format_exc()
+    extra = {"timestamp": int(now), "moment": now, "py_callstack": stack, "user": user}
+    content = json.dumps({"message": {"message": message, "extraInfo": extra}})
+    Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(content, encoding="utf-8")
+
+
+def _die_with_parent(number: signal.Signals) -> None:
+    _prctl(_PR_SET_PDEATHSIG, number)
+    if os.getppid() != int(os.environ[_PARENT]):
+        os._exit(1)  # it was gone before we asked
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux" and ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), f"prctl({option}) failed")
+
+
+if __name__ == "__main__":
+    role, *arguments = sys.argv[1:]
+    sys.exit(_agent(*arguments) if role == "agent" else _rank(*arguments))
