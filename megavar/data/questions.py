@@ -1,0 +1,269 @@
+"""Questions from files, from Hugging Face datasets on disk, and from reasoning-gym.
+
+Readers stream; what is kept is the list of questions alone. The first bad row ends the load with one error
+that names the file, the row, the field and, where there is one, the column that was probably meant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import glob
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megavar import verifiers
+from megavar.data.records import Question
+from megavar.errors import UserError
+
+if TYPE_CHECKING:
+    from megavar.config.recipe import QuestionSource
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Question))
+REQUIRED = ("prompt", "answer")
+Row = tuple[str, Mapping[str, Any], Collection[str]]
+"""Where the row stands (for errors), its values, and every column name its table has."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: the nearest known one, or all of them."""
+    known = sorted(known)
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known) or 'none'}"
+
+
+def load_questions(source: QuestionSource) -> list[Question]:
+    """Read every question that `source` names, in file order (globs and directories sorted by name).
+
+    A table needs columns for `prompt` and `answer`; other fields are read where a column of that name, or the
+    one mapped in `source.columns`, exists. Without an id column the id is the 0-based number of the row in
+    the source. `answer` may be a number, `payload` an object or its JSON text. A reasoning-gym question has
+    its oracle answer as both answer and solution, and none of either where its dataset gives no oracle.
+
+    Raises UserError: file missing or unreadable, no rows, column missing, wrong type, empty prompt, duplicate
+    id, unknown verifier, unknown reasoning-gym dataset or option.
+    """
+    for field in source.columns:
+        if field not in FIELDS:
+            raise UserError(f"columns: {field!r} is not a question field; {did_you_mean(field, FIELDS)}")
+    if source.kind == "reasoning_gym":
+        return _reasoning_gym(source)
+    rows = {"jsonl": _jsonl, "parquet": _parquet, "hf_dataset": _hf_dataset}[source.kind](source)
+    questions: list[Question] = []
+    seen: dict[str, str] = {}
+    for number, (where, values, names) in enumerate(islice(rows, source.size)):
+        question = _question(number, where, values, names, source)
+        if question.id in seen:
+            raise UserError(f"{where}: duplicate id {question.id!r}, first seen in {seen[question.id]}")
+        seen[question.id] = where
+        questions.append(question)
+    if not questions:
+        raise UserError(f"{source.path}: no questions in it")
+    return questions
+
+
+def require_solutions(questions: Iterable[Question]) -> None:
+    """Raise one UserError if any question lacks a reference solution (the posterior's hint, the GML
+    target)."""
+    _require(questions, lambda question: question.solution.strip(), "reference solution", "solution")
+
+
+def require_traces(questions: Iterable[Question]) -> None:
+    """Raise one UserError if any question lacks a reference trace (fits on the data set's own traces need
+    them)."""
+    _require(questions, lambda question: (question.trace or "").strip(), "reference trace", "trace")
+
+
+def _require(questions, has, what: str, field: str) -> None:
+    total, lacking = 0, []
+    for question in questions:
+        total += 1
+        if not has(question):
+            lacking.append(question.id)
+    if lacking:
+        first = ", ".join(lacking[:5]) + (", ..." if len(lacking) > 5 else "")
+        raise UserError(
+            f"{len(lacking)} of {total} questions have no {what} (ids {first}); fill the column or map it "
+            f'with columns = {{{field} = "<column>"}}'
+        )
+
+
+def _question(
+    number: int, where: str, values: Mapping[str, Any], names: Collection[str], source: QuestionSource
+) -> Question:
+    fields: dict[str, Any] = {}
+    for field in FIELDS:
+        column = source.columns.get(field, field)
+        if column not in names:
+            if field in REQUIRED or field in source.columns:
+                raise UserError(
+                    f"{where}: no column {column!r} for field {field!r}; {did_you_mean(column, names)} "
+                    f'Map it with columns = {{{field} = "<column>"}}'
+                )
+            continue
+        value = values.get(column)
+        if value is None:
+            if field in REQUIRED or field == "id":
+                raise UserError(f"{where}: field {field!r} (column {column!r}) is null")
+            continue
+        fields[field] = _payload(where, value) if field == "payload" else _text(where, field, column, value)
+    fields.setdefault("id", str(number))
+    if not fields["prompt"].strip():
+        raise UserError(f"{where}: field 'prompt' is empty")
+    verifier = fields["verifier"] = fields.get("verifier") or source.verifier or "exact"
+    if verifier not in verifiers.NAMES:
+        raise UserError(f"{where}: unknown verifier {verifier!r}; {did_you_mean(verifier, verifiers.NAMES)}")
+    missing = set(verifiers.PAYLOAD_KEYS.get(verifier, ())) - fields.get("payload", {}).keys()
+    if missing:
+        raise UserError(f"{where}: verifier {verifier!r} needs payload keys {sorted(missing)}")
+    return Question(**fields)
+
+
+def _text(where: str, field: str, column: str, value: Any) -> str:
+    numeric = {"id": (int,), "answer": (int, float)}.get(field, ())
+    if isinstance(value, numeric) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise UserError(
+            f"{where}: field {field!r} (column {column!r}) is {type(value).__name__}, expected text"
+        )
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: field {field!r} holds a lone surrogate at character {error.start}; the file was cut "
+            "inside a character"
+        ) from error
+    return value
+
+
+def _payload(where: str, value: Any) -> dict[str, Any]:
+    try:
+        payload = json.loads(value) if isinstance(value, str) else value
+        if not isinstance(payload, dict):
+            raise UserError(f"{where}: field 'payload' is {type(payload).__name__}, expected an object")
+        json.dumps(payload)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where}: field 'payload' is not JSON: {error}") from error
+    return payload
+
+
+def _path(source: QuestionSource) -> Path:
+    assert source.path is not None, "the recipe checks that a file source has a path"
+    return source.path.expanduser()
+
+
+def _files(source: QuestionSource, suffix: str) -> list[Path]:
+    path = _path(source)
+    if path.is_file():
+        return [path]
+    pattern = str(Path(glob.escape(str(path))) / f"*{suffix}") if path.is_dir() else str(path)
+    files = sorted(Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file())
+    if not files:
+        raise UserError(f"{path}: " + (f"no *{suffix} file in it" if path.is_dir() else "no such file"))
+    return files
+
+
+def _jsonl(source: QuestionSource) -> Iterator[Row]:
+    for file in _files(source, ".jsonl"):
+        try:
+            with file.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, start=1):
+                    if not line.strip():
+                        continue
+                    where = f"{file}:{number}"
+                    try:
+                        row = json.loads(line)
+                    except json.JSONDecodeError as error:
+                        raise UserError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+                    if not isinstance(row, dict):
+                        raise UserError(f"{where}: expected one JSON object a line, got {type(row).__name__}")
+                    yield where, row, row.keys()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}: not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def _parquet(source: QuestionSource) -> Iterator[Row]:
+    import pyarrow.parquet as pq
+    from pyarrow import ArrowException
+
+    for file in _files(source, ".parquet"):
+        try:
+            with pq.ParquetFile(file) as table:
+                names = table.schema_arrow.names
+                columns = [name for name in _wanted(source) if name in names]
+                number = 0
+                for batch in table.iter_batches(batch_size=256, columns=columns, use_threads=False):
+                    for row in batch.to_pylist():
+                        yield f"{file} row {number}", row, names
+                        number += 1
+        except ArrowException as error:
+            raise UserError(f"{file}: not a readable Parquet file: {error}") from error
+
+
+def _hf_dataset(source: QuestionSource) -> Iterator[Row]:
+    import datasets
+
+    path = _path(source)
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: not a directory written by datasets.save_to_disk") from error
+    if isinstance(loaded, datasets.DatasetDict):
+        if source.split not in loaded:
+            raise UserError(f"{path}: no split {source.split!r}; {did_you_mean(source.split, loaded)}")
+        loaded = loaded[source.split]
+    names = loaded.column_names
+    columns = [name for name in _wanted(source) if name in names]
+    # With no wanted column at all the full table keeps its length, and the first row's error names the
+    # column.
+    for number, row in enumerate(loaded.select_columns(columns or names).with_format(None)):
+        yield f"{path} row {number}", row, names
+
+
+def _wanted(source: QuestionSource) -> list[str]:
+    return list(dict.fromkeys(source.columns.get(field, field) for field in FIELDS))
+
+
+def _reasoning_gym(source: QuestionSource) -> list[Question]:
+    from megavar.verifiers import gym
+
+    if source.verifier not in ("", "reasoning_gym"):
+        raise UserError(f"reasoning_gym grades with its own scorer; remove verifier = {source.verifier!r}")
+    taken = {"seed", "size"} & source.options.keys()
+    if taken:
+        raise UserError(f"reasoning_gym options: set {sorted(taken)[0]!r} beside `options`, not in it")
+    options = {**source.options, "seed": source.seed, "size": source.size}
+    if source.name not in gym.dataset_names():
+        raise UserError(
+            f"reasoning_gym has no dataset {source.name!r}; {did_you_mean(source.name, gym.dataset_names())}"
+        )
+    known = gym.option_names(source.name)
+    for option in source.options:
+        if option not in known:
+            raise UserError(
+                f"reasoning_gym {source.name!r} has no option {option!r}; {did_you_mean(option, known)}"
+            )
+    try:
+        dataset = gym.dataset(source.name, options)
+    except (AssertionError, ValueError, TypeError) as error:
+        raise UserError(f"reasoning_gym {source.name!r} refuses options {source.options}: {error}") from error
+    questions = []
+    for index in range(source.size or 0):
+        entry = dataset[index]
+        answer = "" if entry["answer"] is None else str(entry["answer"])
+        questions.append(
+            Question(
+                id=f"{source.name}/{source.seed}/{index}",
+                prompt=entry["question"],
+                answer=answer,
+                solution=answer,
+                verifier="reasoning_gym",
+                payload=gym.payload(source.name, options, entry),
+                source=source.name,
+            )
+        )
+    return questions

@@ -1,0 +1,99 @@
+"""The store of traces: explicit columns, readable as they are in pandas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from megavar.data.records import Trace, VersionSpan
+from megavar.data.store import PartStore
+
+
+def _column(name: str, kind: pa.DataType) -> pa.Field:
+    return pa.field(name, kind, nullable=False)
+
+
+IDS = pa.list_(pa.field("element", pa.int32(), nullable=False))
+LOGPROBS = pa.list_(pa.field("element", pa.float32(), nullable=False))
+SPAN = pa.struct([_column("version", pa.string()), _column("start", pa.int32()), _column("end", pa.int32())])
+TRACE_SCHEMA = pa.schema(
+    [
+        _column("question_id", pa.string()),
+        _column("index", pa.int32()),
+        _column("role", pa.string()),
+        _column("prompt_ids", IDS),
+        _column("thought_ids", IDS),
+        _column("answer_ids", IDS),
+        _column("thought_logprobs", LOGPROBS),
+        _column("answer_logprobs", LOGPROBS),
+        _column("closed", pa.bool_()),
+        _column("finish_reason", pa.string()),
+        _column("temperature", pa.float64()),
+        _column("top_p", pa.float64()),
+        _column("seed", pa.int64()),
+        _column("weight_spans", pa.list_(pa.field("element", SPAN, nullable=False))),
+    ]
+)
+_ARRAYS = {field.name: field.type for field in TRACE_SCHEMA if field.type in (IDS, LOGPROBS)}
+
+
+class TraceStore(PartStore):
+    """Traces keyed by (question_id, index); rows are `Trace`s instead of mappings."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, TRACE_SCHEMA)
+
+    def write_traces(self, index: int, traces: Iterable[Trace]) -> None:
+        """Write a whole part, replacing it if it is there."""
+        with self.writer(index) as writer:
+            for trace in traces:
+                writer.append_batch(trace_batch(trace))
+
+    def iter_traces(self, *, parts: Iterable[int] | None = None) -> Iterator[Trace]:
+        """The traces of the given parts, by default of all, in part order, each with arrays of its own; holds one row group at a time."""
+        for batch in self.iter_batches(parts=parts):
+            yield from _traces(batch)
+
+
+def trace_batch(trace: Trace) -> pa.RecordBatch:
+    """One row of `TRACE_SCHEMA`. Raises ValueError for arrays of another shape or a lossy type."""
+    columns: list[pa.Array] = []
+    for field in TRACE_SCHEMA:
+        value = getattr(trace, field.name)
+        if field.name in _ARRAYS:
+            columns.append(_list_column(field, value))
+        elif field.name == "weight_spans":
+            spans = [{"version": span.version, "start": span.start, "end": span.end} for span in value]
+            columns.append(pa.array([spans], type=field.type))
+        else:
+            columns.append(pa.array([value], type=field.type))
+    return pa.RecordBatch.from_arrays(columns, schema=TRACE_SCHEMA)
+
+
+def _list_column(field: pa.Field, value: np.ndarray) -> pa.Array:
+    target = np.dtype(field.type.value_type.to_pandas_dtype())
+    if value.ndim != 1 or value.dtype != target:
+        raise ValueError(
+            f"trace field {field.name!r}: expected {target} [n], got {value.dtype} {list(value.shape)}"
+        )
+    return pa.ListArray.from_arrays(
+        np.array([0, len(value)], dtype=np.int32), pa.array(value), type=field.type
+    )
+
+
+def _traces(batch: pa.RecordBatch) -> Iterator[Trace]:
+    scalars = {name: batch.column(name).to_pylist() for name in TRACE_SCHEMA.names if name not in _ARRAYS}
+    flat = {
+        name: (batch.column(name).offsets.to_numpy(), batch.column(name).values.to_numpy())
+        for name in _ARRAYS
+    }
+    for row in range(batch.num_rows):
+        values = {name: column[row] for name, column in scalars.items()}
+        values["weight_spans"] = tuple(VersionSpan(**span) for span in values["weight_spans"])
+        for name, (offsets, numbers) in flat.items():
+            # A copy: a view would be read-only and keep the whole batch alive.
+            values[name] = numbers[offsets[row] : offsets[row + 1]].copy()
+        yield Trace(**values)
