@@ -1,0 +1,142 @@
+"""config.json in every form it comes in, and what is said of the ones that cannot be used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megavar.errors import UserError
+from megavar.models.architecture import Architecture, read_architecture
+
+# As on the hub (transformers 4), shortened to what matters.
+QWEN25_7B = dict(
+    model_type="qwen2", hidden_act="silu", hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+    num_attention_heads=28, num_key_value_heads=4, vocab_size=152064, rope_theta=1000000.0,
+    rms_norm_eps=1e-6, max_position_embeddings=32768, tie_word_embeddings=False, torch_dtype="bfloat16", use_sliding_window=False,
+    sliding_window=131072,
+)  # fmt: skip
+QWEN3_4B = dict(
+    model_type="qwen3", hidden_act="silu", hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
+    num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=151936, rope_theta=1000000,
+    rope_scaling=None, rms_norm_eps=1e-6, max_position_embeddings=40960, tie_word_embeddings=True,
+    torch_dtype="bfloat16", attention_bias=False,
+)  # fmt: skip
+QWEN3_30B = QWEN3_4B | dict(
+    model_type="qwen3_moe", num_hidden_layers=48, hidden_size=2048, num_key_value_heads=4, num_experts=128,
+    num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True, decoder_sparse_step=1,
+    mlp_only_layers=[], tie_word_embeddings=False,
+)  # fmt: skip
+
+
+def read(tmp_path: Path, config: dict[str, Any], **changes: Any) -> Architecture:
+    merged = {k: v for k, v in (config | changes).items() if v != "absent"}
+    (tmp_path / "config.json").write_text(json.dumps(merged))
+    return read_architecture(tmp_path)
+
+
+def test_reads_hub_configs(tmp_path: Path) -> None:
+    qwen2 = read(tmp_path, QWEN25_7B)
+    assert (qwen2.family, qwen2.head_dim, qwen2.qkv_bias, qwen2.qk_norm) == ("qwen2", 128, True, False)
+    assert (qwen2.rope_theta, qwen2.dtype, qwen2.tied, qwen2.is_moe) == (1e6, "bfloat16", False, False)
+    qwen3 = read(tmp_path, QWEN3_4B)
+    assert (qwen3.family, qwen3.head_dim, qwen3.qkv_bias, qwen3.qk_norm) == ("qwen3", 128, False, True)
+    assert qwen3.tied and qwen3.num_heads * qwen3.head_dim != qwen3.hidden_size
+    mixture = read(tmp_path, QWEN3_30B)
+    assert (mixture.num_experts, mixture.experts_per_token, mixture.expert_ffn_size) == (128, 8, 768)
+    assert mixture.norm_topk_prob and mixture.is_moe
+
+
+@pytest.mark.parametrize("config", [QWEN25_7B, QWEN3_4B, QWEN3_30B], ids=["qwen2", "qwen3", "qwen3_moe"])
+def test_both_forms_of_transformers_read_the_same(tmp_path: Path, config: dict[str, Any]) -> None:
+    from transformers import AutoConfig
+
+    old = read(tmp_path, config)
+    AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert "rope_parameters" in written and "rope_theta" not in written
+    assert read_architecture(tmp_path) == old
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"model_type": "llama"}, "model_type"),
+        ({"model_type": "absent"}, "model_type"),
+        ({"hidden_size": "absent"}, "hidden_size"),
+        ({"hidden_size": "2560"}, "hidden_size"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"num_key_value_heads": 5}, "num_key_value_heads"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_parameters"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": -1}}, "rope_theta"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "use_sliding_window"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+        ({"torch_dtype": "float64"}, "dtype"),
+    ],
+)
+def test_refuses_by_file_and_field(tmp_path: Path, changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read(tmp_path, QWEN3_4B, **changes)
+    assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: {field}: ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"mlp_only_layers": [0]}, "decoder_sparse_step"),
+        ({"num_experts_per_tok": 129}, "num_experts_per_tok"),
+        ({"moe_intermediate_size": "absent"}, "moe_intermediate_size"),
+    ],
+)
+def test_refuses_mixtures_by_field(tmp_path: Path, changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(UserError, match=f"config.json: {field}: "):
+        read(tmp_path, QWEN3_30B, **changes)
+
+
+def test_refuses_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="config.json does not exist"):
+        read_architecture(tmp_path)
+    for text, said in (("{", "not valid JSON"), ("[]", "a JSON list"), ("", "not valid JSON")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=said):
+            read_architecture(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_architecture(tmp_path)
+
+
+def test_padded_vocabulary(tmp_path: Path) -> None:
+    for config in (QWEN25_7B, QWEN3_4B):
+        a = read(tmp_path, config)
+        assert all(a.padded_vocab(tp) == a.vocab_size for tp in (1, 2, 4, 8, 16))
+    tiny = read(tmp_path, QWEN3_4B, vocab_size=53)
+    assert [tiny.padded_vocab(tp) for tp in (1, 2, 3, 8)] == [56, 64, 72, 64]
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        (dict(tp=3), "tp=3 does not divide the model's 28 attention heads; nearest valid tp: 2 or 4"),
+        (dict(tp=7), "tp=7 does not divide the model's 4 KV heads; nearest valid tp: 4"),
+        (dict(pp=5), "pp=5 does not divide the model's 28 layers; nearest valid pp: 4 or 7"),
+        (dict(tp=0), "tp=0 must be at least 1"),
+        (dict(ep=2), "no experts"),
+    ],
+)
+def test_refuses_layouts_with_the_nearest_valid(tmp_path: Path, layout: dict[str, int], said: str) -> None:
+    a = read(tmp_path, QWEN25_7B)
+    a.check_layout(tp=4, pp=7)
+    with pytest.raises(UserError, match=said):
+        a.check_layout(**layout)
+    mixture = read(tmp_path, QWEN3_30B)
+    mixture.check_layout(tp=4, pp=2, ep=8, etp=2)
+    with pytest.raises(UserError, match="ep=3 does not divide the model's 128 experts; nearest .* 2 or 4"):
+        mixture.check_layout(ep=3)
