@@ -1,0 +1,37 @@
+"""Accuracy on held-out questions."""
+
+from __future__ import annotations
+
+from megavar.evaluate.statistics import Accuracy, accuracy
+from megavar.phases.run import Run
+from megavar.phases.sampling import sample_traces
+from megavar.phases.scoring import verdict_store, verify_traces
+from megavar.rollout.engine import SamplingParams
+from megavar.runs import Phase
+from megavar.verifiers import is_correct
+
+
+def evaluate(run: Run, name: str, *, weights: Phase) -> Accuracy:
+    """Sample whole answers to the held-out questions under `<name>/traces`, verify them under `<name>/verdicts`."""
+    asked = run.recipe.evaluate
+    traces = sample_traces(
+        run,
+        f"{name}/traces",
+        weights=weights,
+        encoder=run.policy,
+        questions=run.held_out,
+        role="policy",
+        count=asked.samples,
+        whole=True,
+        params=SamplingParams(
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            max_tokens=asked.max_tokens,
+            context_length=run.recipe.rollout.context_length,
+        ),
+    )
+    verdicts = verify_traces(run, f"{name}/verdicts", traces=traces, questions=run.held_out)
+    scores: dict[str, list[float]] = {q.id: [] for q in run.held_out}
+    for (question_id, _, _), row in verdict_store(verdicts).read_keyed(["score"]).items():
+        scores[question_id].append(float(is_correct(row["score"])))
+    return accuracy(list(scores.values()))

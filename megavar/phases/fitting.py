@@ -1,0 +1,112 @@
+"""Training phases: a training set in, a Hugging Face directory out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from megavar.config.recipe import Fit
+from megavar.data.records import Question
+from megavar.data.templates import Encoder
+from megavar.data.training_set import Example, TrainingSet, write_training_set
+from megavar.models.hf_export import export_hf, verify_export
+from megavar.phases.run import Run, digest_questions
+from megavar.runs import Phase
+from megavar.trainer import checkpoint
+from megavar.trainer.fit import fit_model
+from megavar.trainer.model import load_model
+
+TRAINING_SET = "train.arrow"
+
+
+def dataset_training_set(
+    run: Run, name: str, *, encoder: Encoder, questions: Sequence[Question], with_answer: bool
+) -> Phase:
+    """The data set's own traces with weight one: thought, and for the policy the reference solution behind it."""
+    config = {
+        "template": dataclasses.asdict(encoder.template),
+        "with_answer": with_answer,
+        "questions": digest_questions(questions),
+    }
+    examples = (dataset_example(encoder, q, with_answer=with_answer) for q in questions)
+    return write_training_phase(run, name, config=config, inputs=[], build=lambda _: examples)
+
+
+def dataset_example(encoder: Encoder, question: Question, *, with_answer: bool, weight: float = 1.0) -> Example:
+    """The question's own trace as an example."""
+    response = encoder.thought_ids(question.trace or "")
+    if with_answer:
+        response = np.concatenate([response, encoder.answer_ids(question.solution)])
+    prompt = encoder.prompt_ids(question)
+    return Example(
+        question_id=question.id,
+        ids=np.concatenate([prompt, response]),
+        response_start=len(prompt),
+        weight=weight,
+    )
+
+
+def write_training_phase(
+    run: Run,
+    name: str,
+    *,
+    config: dict[str, Any],
+    inputs: Sequence[Phase],
+    build: Callable[[dict[str, Any]], Iterable[Example]],
+) -> Phase:
+    """A phase that holds a training set; `build` yields its examples and may add to the metrics it is given."""
+    with run.phase(name, config=config, inputs=inputs) as opened:
+        if opened.todo and opened.phase.writer:
+            with run.progress.phase(name, None, "examples") as task:
+                metrics: dict[str, Any] = {}
+                count = write_training_set(opened.path / TRAINING_SET, build(metrics))
+                training_set = TrainingSet(opened.path / TRAINING_SET)
+                task.advance(count)
+            opened.counts = {"examples": count, "questions": training_set.num_questions}
+            opened.metrics = {"train/normaliser": training_set.normaliser, **metrics}
+    return opened.phase
+
+
+def fit_phase(run: Run, name: str, *, start: Phase | None, data: Phase, fit: Fit) -> Phase:
+    """Train on the data from `start` (None: the recipe's base model) and export to `<phase>/hf`."""
+    trainer = run.recipe.trainer
+    source = run.recipe.model.path if start is None else start.path / "hf"
+    config = {
+        "fit": fit.model_dump(mode="json", exclude={"checkpoint_every"}),
+        "seed": trainer.seed,
+        "dtype": run.settings.dtype,
+        "model": str(run.recipe.model.path),
+    }
+    with run.phase(name, config=config, inputs=[data, *([start] if start else [])]) as opened:
+        if opened.todo:
+            model = load_model(source, run.groups, run.settings)
+            checkpoints = opened.path / ".checkpoints"
+            resumed = checkpoint.latest_step(checkpoints) or 0
+            run.metrics.rewind(name, resumed)
+            with run.progress.phase(name, fit.steps, "steps", done=resumed) as task:
+
+                def report(step: int, steps: int, metrics: dict[str, float]) -> None:
+                    run.metrics.log(name, step, metrics)
+                    task.advance(loss=metrics["train/loss"])
+
+                result = fit_model(
+                    model,
+                    TrainingSet(data.path / TRAINING_SET),
+                    fit,
+                    tokens_per_micro_batch=trainer.tokens_per_micro_batch,
+                    seed=trainer.seed,
+                    checkpoints=checkpoints,
+                    report=report,
+                )
+            export_hf([model.module], model.architecture, run.recipe.model.path, opened.path / "hf", overwrite=True)
+            if run.groups.is_main:
+                verify_export(opened.path / "hf")
+                checkpoint.remove(checkpoints)
+            dist.barrier()
+            opened.counts = {"steps": result.steps}
+            opened.metrics = {"train/final_loss": result.loss}
+    return opened.phase

@@ -1,0 +1,178 @@
+"""What every phase of a run shares: the recipe, this rank's place, questions, prompts, metrics."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer
+
+from megavar.config.load import load_recipe
+from megavar.config.recipe import Recipe
+from megavar.data.questions import load_questions
+from megavar.data.records import Question
+from megavar.data.templates import Encoder, check_lengths, resolve_templates
+from megavar.errors import UserError
+from megavar.metrics import Metrics
+from megavar.models.architecture import read_architecture
+from megavar.parallel.groups import Groups, initialize
+from megavar.progress import Progress
+from megavar.rollout.engine import SamplingParams
+from megavar.runs import Phase, RunDirectory
+from megavar.trainer.model import Settings
+
+
+class StopRun(Exception):
+    """The phase that the user wanted to stop after is finished."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """One rank's view of the run."""
+
+    directory: RunDirectory
+    recipe: Recipe
+    groups: Groups
+    settings: Settings
+    metrics: Metrics
+    progress: Progress
+    train: list[Question]
+    held_out: list[Question]
+    policy: Encoder
+    posterior: Encoder
+    until: str | None
+
+    @classmethod
+    def enter(cls, path: Path, *, until: str | None = None) -> Run:
+        """Join the ranks of the run in `path`, load its questions and check them against the model's context.
+
+        Raises UserError for anything in the recipe that this machine or these files cannot do.
+        """
+        recipe = load_recipe(path / "recipe.toml")
+        trainer = recipe.trainer
+        groups = initialize(tp=trainer.tp, pp=trainer.pp, seed=trainer.seed)
+        tokenizer = AutoTokenizer.from_pretrained(recipe.model.path, local_files_only=True)
+        policy, posterior = (Encoder(t, tokenizer) for t in resolve_templates(recipe.templates))
+        run = cls(
+            directory=RunDirectory.attach(path, writer=groups.is_main),
+            recipe=recipe,
+            groups=groups,
+            settings=Settings(
+                dtype=recipe.model.dtype,
+                sequence_parallel=trainer.sequence_parallel,
+                packing=trainer.packing,
+                recompute=trainer.recompute,
+            ),
+            metrics=Metrics(path / "metrics.jsonl", writer=groups.is_main),
+            progress=Progress(enabled=groups.is_main),
+            train=load_questions(recipe.data.train),
+            held_out=load_questions(recipe.data.eval),
+            policy=policy,
+            posterior=posterior,
+            until=until,
+        )
+        overlap = {q.id for q in run.train} & {q.id for q in run.held_out}
+        if overlap:
+            raise UserError(f"data.eval: {len(overlap)} questions are in data.train too, first {min(overlap)!r}")
+        check_lengths(policy, run.train, run.context_length)
+        check_lengths(posterior, run.train, run.context_length)
+        check_lengths(policy, run.held_out, run.context_length)
+        return run
+
+    @property
+    def context_length(self) -> int:
+        limit = read_architecture(self.recipe.model.path).max_positions
+        return min(limit, self.recipe.rollout.context_length or limit)
+
+    def sampling(self, max_tokens: int) -> SamplingParams:
+        """The recipe's sampling of traces and answers, at most `max_tokens` each."""
+        rollout = self.recipe.rollout
+        return SamplingParams(
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            max_tokens=max_tokens,
+            context_length=rollout.context_length,
+        )
+
+    def leave(self) -> None:
+        """Close files and process groups; every rank calls it at the end."""
+        self.metrics.close()
+        self.directory.close()
+        dist.barrier()
+        dist.destroy_process_group()
+
+    def parts(self, questions: Sequence[Question]) -> list[Sequence[Question]]:
+        """The questions in the units that stores are written and resumed in."""
+        size = self.recipe.rollout.questions_per_part
+        return [questions[i : i + size] for i in range(0, len(questions), size)]
+
+    @contextmanager
+    def phase(self, name: str, *, config: Mapping[str, Any], inputs: Sequence[Phase] = ()) -> Iterator[OpenPhase]:
+        """Open a phase; the block does the work unless `todo` is false, and sets `counts` and `metrics`.
+
+        Raises StopRun after the phase named by `until`.
+        """
+        phase = self.directory.phase(name, config=config, inputs=inputs)
+        dist.barrier()
+        opened = OpenPhase(phase=phase, todo=not phase.done, counts={}, metrics={})
+        if not opened.todo:
+            manifest = phase.manifest or {}
+            opened.counts, opened.metrics = manifest["counts"], manifest["metrics"]
+            self.progress.already(name, manifest["seconds"])
+        yield opened
+        if opened.todo:
+            dist.barrier()
+            phase.finish(opened.counts, opened.metrics)
+            self.metrics.log(name, 0, {k: v for k, v in opened.metrics.items() if "/" in k})
+        # The next phase reads this one's manifest.
+        dist.barrier()
+        if name == self.until:
+            raise StopRun
+
+
+@dataclass(slots=True, kw_only=True)
+class OpenPhase:
+    phase: Phase
+    todo: bool
+    counts: dict[str, int]
+    metrics: dict[str, Any]
+
+    @property
+    def path(self) -> Path:
+        return self.phase.path
+
+
+def sampling_seeds(seed: int, purpose: str, key: str, count: int) -> tuple[int, ...]:
+    """`count` distinct 31-bit seeds that depend on their arguments alone."""
+    digest = hashlib.blake2b(f"{seed}:{purpose}:{key}".encode(), digest_size=8).digest()
+    first = int.from_bytes(digest, "little")
+    return tuple((first + k) % 2**31 for k in range(count))
+
+
+def digest_questions(questions: Sequence[Question]) -> str:
+    """Names what the questions say: part of the hash of each phase that reads them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for q in questions:
+        digest.update("\0".join((q.id, q.prompt, q.answer, q.solution, q.trace or "", q.verifier)).encode())
+    return digest.hexdigest()
+
+
+def total_over_ranks(values: Mapping[str, float]) -> dict[str, float]:
+    """Sum of each value over all ranks."""
+    names = sorted(values)
+    sums = torch.tensor([float(values[n]) for n in names], dtype=torch.float64, device=torch.cuda.current_device())
+    dist.all_reduce(sums)
+    return dict(zip(names, sums.tolist(), strict=True))
+
+
+def largest_over_ranks(value: float) -> float:
+    """The largest of all ranks' values."""
+    largest = torch.tensor([value], dtype=torch.float64, device=torch.cuda.current_device())
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest)

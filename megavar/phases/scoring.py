@@ -1,0 +1,209 @@
+"""Log-probs of sampled thoughts and reference answers, and the verifier's word on sampled answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import pyarrow as pa
+
+from megavar.data.records import Question, Trace
+from megavar.data.store import PartStore
+from megavar.data.training_set import Example
+from megavar.data.traces import LOGPROBS
+from megavar.phases.run import Run, largest_over_ranks, total_over_ranks
+from megavar.phases.sampling import answer_store, trace_store
+from megavar.runs import Phase
+from megavar.trainer.model import load_model
+from megavar.trainer.score import score
+from megavar.verifiers import verify_all
+
+_KEY = [pa.field("question_id", pa.string(), nullable=False), pa.field("index", pa.int32(), nullable=False)]
+POLICY_SCORES = pa.schema(
+    [*_KEY, pa.field("thought", LOGPROBS, nullable=False), pa.field("answer", LOGPROBS, nullable=False)]
+)
+"""log pi(z_t) [Z], and log pi(y*_t | x, z) [A] of the reference solution with its markers."""
+POSTERIOR_SCORES = pa.schema([*_KEY, pa.field("thought", LOGPROBS, nullable=False)])
+"""log q(z_t) [Z] of the same ids."""
+VERDICTS = pa.schema(
+    [*_KEY, pa.field("answer_index", pa.int32(), nullable=False), pa.field("score", pa.float64(), nullable=False)]
+)
+"""Verifier scores in [0, 1]; `answer_index` is 0 for a trace's own answer."""
+
+
+def policy_score_store(phase: Phase) -> PartStore:
+    return PartStore(phase.path / "scores", POLICY_SCORES)
+
+
+def posterior_score_store(phase: Phase) -> PartStore:
+    return PartStore(phase.path / "scores", POSTERIOR_SCORES)
+
+
+def verdict_store(phase: Phase) -> PartStore:
+    return PartStore(phase.path / "verdicts", VERDICTS, key=("question_id", "index", "answer_index"))
+
+
+def score_under_policy(run: Run, name: str, *, weights: Phase, traces: Phase) -> Phase:
+    """log pi of each closed thought and of the reference solution behind it, in one pass over both."""
+
+    def example(trace: Trace, question: Question) -> Example:
+        answer = run.policy.answer_ids(question.solution)
+        return _example(question, run.policy.prompt_ids(question), np.concatenate([trace.thought_ids, answer]))
+
+    def rows(scored: list[tuple[Trace, np.ndarray]]) -> Iterable[dict]:
+        for trace, logprobs in scored:
+            z = len(trace.thought_ids)
+            yield {
+                "question_id": trace.question_id,
+                "index": trace.index,
+                "thought": logprobs[:z],
+                "answer": logprobs[z:],
+            }
+
+    return _score(run, name, weights, traces, policy_score_store, example, rows, proposal=False)
+
+
+def score_under_posterior(run: Run, name: str, *, weights: Phase, traces: Phase) -> Phase:
+    """log q of each closed thought, at the temperature it was sampled at; its gap to the engine's own is a metric."""
+
+    def example(trace: Trace, question: Question) -> Example:
+        return _example(question, trace.prompt_ids, trace.thought_ids)
+
+    def rows(scored: list[tuple[Trace, np.ndarray]]) -> Iterable[dict]:
+        for trace, logprobs in scored:
+            yield {"question_id": trace.question_id, "index": trace.index, "thought": logprobs}
+
+    return _score(run, name, weights, traces, posterior_score_store, example, rows, proposal=True)
+
+
+def _example(question: Question, prompt: np.ndarray, response: np.ndarray) -> Example:
+    return Example(
+        question_id=question.id,
+        ids=np.concatenate([prompt, response]),
+        response_start=len(prompt),
+        weight=1.0,
+    )
+
+
+def _score(
+    run: Run,
+    name: str,
+    weights: Phase,
+    traces: Phase,
+    store_of: Callable[[Phase], PartStore],
+    example: Callable[[Trace, Question], Example],
+    rows: Callable[[list[tuple[Trace, np.ndarray]]], Iterable[dict]],
+    *,
+    proposal: bool,
+) -> Phase:
+    """Score the closed traces part by part, parts spread over data-parallel ranks.
+
+    proposal: the model is the one that sampled the traces, so its log-probs must equal the engine's.
+    """
+    groups, temperature = run.groups, run.recipe.rollout.temperature
+    config = {
+        "temperature": temperature,
+        "dtype": run.settings.dtype,
+        "policy": run.policy.template.prompt + run.policy.template.answer_start + run.policy.template.answer_end,
+    }
+    with run.phase(name, config=config, inputs=[weights, traces]) as opened:
+        if opened.todo:
+            store, source = store_of(opened.phase), trace_store(traces)
+            questions = {q.id: q for q in run.train}
+            parts, done = sorted(source.parts_done()), store.parts_done()
+            mine = [p for p in parts if p % groups.dp == groups.dp_rank and p not in done]
+            sums = {"tokens": 0.0, "gap": 0.0, "gap_tokens": 0.0, "traces": 0.0}
+            worst, started = 0.0, time.perf_counter()
+            model = load_model(weights.path / "hf", groups, run.settings) if mine else None
+            with run.progress.phase(name, len(parts), "parts", done=len(done)) as task:
+                for part in mine:
+                    closed = [t for t in source.iter_traces(parts=[part]) if t.closed]
+                    examples = [example(t, questions[t.question_id]) for t in closed]
+                    logprobs = score(
+                        model,
+                        examples,
+                        temperature=temperature,
+                        tokens_per_micro_batch=run.recipe.trainer.scoring_tokens_per_micro_batch,
+                    )
+                    # One rank of each tensor- and pipeline-parallel group writes.
+                    if logprobs is not None and groups.tp_rank == 0:
+                        scored = list(zip(closed, logprobs, strict=True))
+                        store.write_part(part, rows(scored))
+                        sums["traces"] += len(scored)
+                        sums["tokens"] += sum(len(e.ids) for e in examples)
+                        if proposal and scored:
+                            gaps = np.concatenate([np.abs(lp - t.thought_logprobs) for t, lp in scored])
+                            sums["gap"] += float(gaps.sum())
+                            sums["gap_tokens"] += gaps.size
+                            worst = max(worst, float(gaps.max(initial=0)))
+                    task.advance(min(groups.dp, len(parts) - task.done))
+            totals = total_over_ranks(sums)
+            opened.counts = {"traces": int(totals["traces"])}
+            opened.metrics["perf/scored_tokens_per_second"] = totals["tokens"] / (time.perf_counter() - started)
+            if proposal:
+                opened.metrics["rollout/logprob_gap_mean"] = totals["gap"] / max(totals["gap_tokens"], 1)
+                opened.metrics["rollout/logprob_gap_max"] = largest_over_ranks(worst)
+    return opened.phase
+
+
+def verify_answers(run: Run, name: str, *, answers: Phase) -> Phase:
+    """The verifier's score of each sampled answer, keyed by (question, trace, answer)."""
+    source = answer_store(answers)
+
+    def texts(part: int) -> Iterable[tuple[tuple[str, int, int], np.ndarray]]:
+        for batch in source.iter_batches(["question_id", "index", "answer_index", "ids"], parts=[part]):
+            for row in batch.to_pylist():
+                yield (row["question_id"], row["index"], row["answer_index"]), np.array(row["ids"], np.int32)
+
+    return _verify(run, name, answers, source, texts, run.train)
+
+
+def verify_traces(run: Run, name: str, *, traces: Phase, questions: list[Question]) -> Phase:
+    """The verifier's score of each whole trace's own answer; 0 for an open trace."""
+    source = trace_store(traces)
+
+    def texts(part: int) -> Iterable[tuple[tuple[str, int, int], np.ndarray]]:
+        for trace in source.iter_traces(parts=[part]):
+            yield (trace.question_id, trace.index, 0), trace.answer_ids
+
+    return _verify(run, name, traces, source, texts, questions)
+
+
+def _verify(
+    run: Run,
+    name: str,
+    answers: Phase,
+    source: PartStore,
+    texts: Callable[[int], Iterable[tuple[tuple[str, int, int], np.ndarray]]],
+    questions: list[Question],
+) -> Phase:
+    groups, by_id = run.groups, {q.id: q for q in questions}
+    with run.phase(name, config={"questions": [q.verifier for q in questions][:1]}, inputs=[answers]) as opened:
+        if opened.todo:
+            store = verdict_store(opened.phase)
+            parts, done = sorted(source.parts_done()), store.parts_done()
+            sums = {"answers": 0.0, "correct": 0.0, "timed_out": 0.0}
+            with run.progress.phase(name, len(parts), "parts", done=len(done)) as task:
+                for part in parts:
+                    if part % groups.world != groups.rank or part in done:
+                        continue
+                    items = [
+                        (key, run.policy.answer_text(ids).text, by_id[key[0]]) for key, ids in texts(part)
+                    ]
+                    verdicts = verify_all(items, workers=run.recipe.trainer.threads)
+                    store.write_part(
+                        part,
+                        (
+                            {"question_id": q, "index": k, "answer_index": n, "score": verdicts.scores[(q, k, n)]}
+                            for (q, k, n), _, _ in items
+                        ),
+                    )
+                    task.advance(min(groups.world, len(parts) - task.done))
+            opened.counts = {"answers": 0}
+            if opened.phase.writer:
+                scores = store.read_table(["score"])["score"].to_numpy()
+                opened.counts = {"answers": len(scores)}
+                opened.metrics["eval/mean_score"] = float(scores.mean()) if len(scores) else 0.0
+            del sums
+    return opened.phase

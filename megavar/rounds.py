@@ -1,0 +1,183 @@
+"""One round of variational reasoning, as the paper runs it (arXiv 2509.22637, Algorithm 1 with T = 1).
+
+Each line below is a phase: a directory of the run with a manifest. Run it again and finished phases are read, a torn
+one goes on where it was killed. Every rank executes this file; what a phase does is in `megavar/phases/`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from megavar.config.recipe import Arm, Fit, Recipe
+from megavar.files import write_atomically
+from megavar.phases.evaluation import evaluate
+from megavar.phases.fitting import dataset_training_set, fit_phase
+from megavar.phases.run import Run, StopRun
+from megavar.phases.sampling import sample_answers, sample_traces
+from megavar.phases.scoring import score_under_policy, score_under_posterior, verify_answers, verify_traces
+from megavar.phases.weighing import (
+    Proposals,
+    forward_kl_training_set,
+    rft_training_set,
+    variational_training_set,
+)
+from megavar.report.show import arms_table
+from megavar.runs import Phase
+from megavar.trainer.fit import num_steps
+
+
+def main(path: Path, *, until: str | None = None) -> None:
+    """Run what is missing of the run in `path`; called on every rank. `until`: stop after this phase."""
+    run = Run.enter(path, until=until)
+    try:
+        rows = offline_round(run)
+    except StopRun:
+        return
+    if run.groups.is_main:
+        write_atomically(path / "table.json", json.dumps({"rows": rows}, indent=1) + "\n")
+        Console(file=sys.stdout).print(arms_table(path / "table.json"))
+    run.leave()
+
+
+def offline_round(run: Run) -> list[dict[str, Any]]:
+    """The nine steps of the paper, then every arm trained for the same number of steps and evaluated."""
+    recipe = run.recipe
+
+    # 1. the initial policy pi_0 learns the data set's own traces
+    seen = dataset_training_set(run, "initial/data", encoder=run.policy, questions=run.train, with_answer=True)
+    initial = fit_phase(run, "initial/fit", start=None, data=seen, fit=recipe.initial)
+
+    # 2. the posterior q(z|x,y') is fitted, to the same traces or by forward KL to the policy's own
+    posterior = fit_posterior(run, initial)
+
+    # 3. q proposes K traces per question
+    traces = sample_traces(
+        run,
+        "proposals/traces",
+        weights=posterior,
+        encoder=run.posterior,
+        questions=run.train,
+        role="posterior",
+        count=recipe.rollout.traces,
+        whole=False,
+        params=run.sampling(recipe.rollout.max_thought_tokens),
+    )
+
+    # 4. log pi_0(z|x) and log pi_0(y*|x,z);  5. log q(z|x,y')
+    policy_scores = score_under_policy(run, "proposals/policy_scores", weights=initial, traces=traces)
+    posterior_scores = score_under_posterior(run, "proposals/posterior_scores", weights=posterior, traces=traces)
+
+    # 6. N answers per trace;  7. are they correct? Only the accuracy estimator asks.
+    answers = verdicts = None
+    if any(arm.objective == "variational" and arm.estimator == "accuracy" for arm in recipe.arms):
+        answers = sample_answers(
+            run,
+            "proposals/answers",
+            weights=initial,
+            traces=traces,
+            count=recipe.rollout.answers,
+            params=run.sampling(recipe.rollout.max_answer_tokens),
+        )
+        verdicts = verify_answers(run, "proposals/verdicts", answers=answers)
+    proposals = Proposals(
+        traces=traces,
+        policy_scores=policy_scores,
+        posterior_scores=posterior_scores,
+        answers=answers,
+        verdicts=verdicts,
+    )
+
+    rows = [row(run, "initial", initial, data=None)]
+    fit = same_steps(recipe, len(run.train))
+    for arm in recipe.arms:
+        # 8. weights rho~ turn traces into a training set;  9. the policy learns it
+        data = training_set(run, arm, initial, seen, proposals)
+        start = initial if recipe.warm_start == "initial" else None
+        trained = fit_phase(run, f"arms/{arm.name}/fit", start=start, data=data, fit=fit)
+        rows.append(row(run, arm.name, trained, data=data))
+    return rows
+
+
+def fit_posterior(run: Run, initial: Phase) -> Phase:
+    """Phase 2. By forward KL: M policy traces per question, weighted by self-normalised accuracy (Eq. 9)."""
+    settings = run.recipe.posterior
+    if settings.objective == "sft":
+        data = dataset_training_set(
+            run, "posterior/data", encoder=run.posterior, questions=run.train, with_answer=False
+        )
+    else:
+        rollout = run.recipe.rollout
+        traces = sample_traces(
+            run,
+            "posterior/traces",
+            weights=initial,
+            encoder=run.policy,
+            questions=run.train,
+            role="policy",
+            count=settings.traces,
+            whole=False,
+            params=run.sampling(rollout.max_thought_tokens),
+        )
+        answers = sample_answers(
+            run,
+            "posterior/answers",
+            weights=initial,
+            traces=traces,
+            count=rollout.answers,
+            params=run.sampling(rollout.max_answer_tokens),
+        )
+        verdicts = verify_answers(run, "posterior/verdicts", answers=answers)
+        data = forward_kl_training_set(
+            run, "posterior/data", traces=traces, answers=answers, verdicts=verdicts
+        )
+    return fit_phase(run, "posterior/fit", start=None, data=data, fit=settings.fit)
+
+
+def training_set(run: Run, arm: Arm, initial: Phase, seen: Phase, proposals: Proposals) -> Phase:
+    """Phase 8 of one arm."""
+    name = f"arms/{arm.name}/data"
+    if arm.objective == "sft":
+        return seen
+    if arm.objective == "variational":
+        return variational_training_set(run, name, arm, proposals)
+    rollout = run.recipe.rollout
+    own = sample_traces(
+        run,
+        "own/traces",
+        weights=initial,
+        encoder=run.policy,
+        questions=run.train,
+        role="policy",
+        count=rollout.traces,
+        whole=True,
+        params=run.sampling(rollout.max_thought_tokens + rollout.max_answer_tokens),
+    )
+    verdicts = verify_traces(run, "own/verdicts", traces=own, questions=run.train)
+    return rft_training_set(run, name, traces=own, verdicts=verdicts)
+
+
+def same_steps(recipe: Recipe, questions: int) -> Fit:
+    """Every arm takes as many steps as the recipe's final fit does on all training questions."""
+    return recipe.final.model_copy(update={"steps": num_steps(recipe.final, questions)})
+
+
+def row(run: Run, name: str, weights: Phase, *, data: Phase | None) -> dict[str, Any]:
+    """One line of the table of arms."""
+    result = evaluate(run, f"eval/{name}", weights=weights)
+    made = (data.manifest or {}) if data else {}
+    metrics, counts = made.get("metrics", {}), made.get("counts", {})
+    return {
+        "arm": name,
+        "accuracy": round(result.mean, 4),
+        "95% interval": [round(result.low, 4), round(result.high, 4)],
+        "questions": counts.get("questions", ""),
+        "examples": counts.get("examples", ""),
+        "bound L_1": metrics.get("vr/bound_1", ""),
+        f"bound L_{run.recipe.rollout.traces}": metrics.get(f"vr/bound_{run.recipe.rollout.traces}", ""),
+        "ESS": metrics.get("vr/ess", ""),
+    }
