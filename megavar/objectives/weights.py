@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from megavar_kernels import trace_weights
+from megavar_kernels import TraceWeights, trace_weights
 from torch import Tensor
 
-from megavar.objectives.segments import check_offsets, pad, segment_ids, segment_sum
+from megavar.objectives.segments import check_offsets, compute_dtype, pad, segment_ids, segment_sum
 
 Ratio = Literal["geometric", "full", "none"]
 Selection = Literal["weighted", "argmax", "resample"]
@@ -69,7 +69,7 @@ class ScoredTraces:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TraceWeights:
+class WeighedTraces:
     """Weights of N traces of Q questions, with what is worth watching about them."""
 
     question_ids: tuple[str, ...]
@@ -111,12 +111,12 @@ def weigh(
     all_zero: AllZero = "skip",
     gml: Tensor | None = None,
     seed: int = 0,
-) -> TraceWeights:
-    """Self-normalised weights (Eq. 6): rho~_k = rho_k / sum_j rho_j, rho_k = (pi(z_k|x) / q(z_k|x,y'))^a c(z_k).
+) -> WeighedTraces:
+    """Self-normalised weights rho~_k = rho_k / sum_j rho_j (Eq. 6), rho_k = (pi(z_k|x)/q(z_k|x,y'))^a c(z_k).
 
     Args:
-        scored: traces with log c and, unless `ratio` is "none", thought log-probs. A question's weights depend
-            on its own traces and id alone, so a caller may pass questions in parts of any size.
+        scored: traces with log c and, unless `ratio` is "none", thought log-probs. A question's weights come
+            from its own traces and id alone, so a caller may pass questions in parts of any size.
         ratio: a = 1/|z_k| ("geometric", Eq. 8: biased, far lower variance), 1 ("full", Eq. 6) or 0 ("none":
             rho = c, for traces drawn from the policy itself, section A.6).
         selection: "weighted" keeps rho~; "argmax" puts weight one on the largest rho (the lowest k
@@ -127,7 +127,8 @@ def weigh(
         seed: of "resample"; the draw is keyed by (seed, question id), whatever else is in the batch.
 
     Raises:
-        ValueError: a score of an eligible trace that is no number (the message names it), or a missing input.
+        ValueError: a score of an eligible trace that is not finite (the message names the trace; log c may be
+            -inf), a missing input, or a question with more traces than the kernel takes (256).
     """
     for value, kinds in ((ratio, Ratio), (selection, Selection), (all_zero, AllZero)):
         if value not in get_args(kinds):
@@ -145,7 +146,7 @@ def weigh(
     eligible = _eligible(scored)
     normalised = pad(used.weights, offsets, 0.0)
     weights = _select(used.log_rho, used.weights, alive, scored, selection, seed)
-    return TraceWeights(
+    return WeighedTraces(
         question_ids=scored.question_ids,
         question_offsets=offsets,
         outcomes=tuple(_outcome(d, a, all_zero) for d, a in zip(dead.tolist(), alive.tolist(), strict=True)),
@@ -154,7 +155,7 @@ def weigh(
         log_ratio=used.log_ratio,
         log_rho=used.log_rho,
         bounds=primary.bounds,
-        ess=used.ess,
+        ess=used.effective_sample_size,
         largest=normalised.amax(dim=1),
         spread=_spread(used.log_rho, offsets),
         question_weight=segment_sum(weights, offsets),
@@ -162,7 +163,7 @@ def weigh(
     )
 
 
-def summarise(parts: Iterable[TraceWeights]) -> dict[str, float]:
+def summarise(parts: Iterable[WeighedTraces]) -> dict[str, float]:
     """Metrics of the weights of all questions, given in parts of any size (consumed lazily).
 
     Counts are over questions; `ess`, `largest_weight`, `log_weight_spread` are means over questions with
@@ -215,8 +216,8 @@ def _outcome(dead: bool, alive: bool, all_zero: AllZero) -> Outcome:
     return "original" if all_zero == "original" else "skipped"
 
 
-def _apply_kernel(scored: ScoredTraces, log_c: Tensor, ratio: Ratio):
-    """The kernel's result with ineligible traces at rho = 0."""
+def _apply_kernel(scored: ScoredTraces, log_c: Tensor, ratio: Ratio) -> TraceWeights:
+    """The kernel's result, with rho = 0 for traces that are not eligible."""
     eligible = _eligible(scored)
     bad = eligible & ~(log_c < math.inf)
     if bool(bad.any()):
@@ -224,11 +225,17 @@ def _apply_kernel(scored: ScoredTraces, log_c: Tensor, ratio: Ratio):
     log_c = log_c.masked_fill(~eligible, -math.inf)
     if ratio == "none":
         policy = posterior = log_c.new_zeros(0)
-        cu_seqlens = torch.zeros(log_c.numel() + 1, dtype=torch.int64, device=log_c.device)
+        cu_seqlens = scored.question_offsets.new_zeros(log_c.numel() + 1)
     else:
         policy, posterior, cu_seqlens = _thought_logprobs(scored, eligible, ratio)
+    dtype = torch.promote_types(compute_dtype(log_c), compute_dtype(policy))
     return trace_weights(
-        policy, posterior, cu_seqlens, scored.question_offsets, log_c, length_normalise=ratio == "geometric"
+        policy.to(dtype),
+        posterior.to(dtype),
+        cu_seqlens,
+        scored.question_offsets,
+        log_likelihood=log_c.to(dtype),
+        length_normalize=ratio == "geometric",
     )
 
 

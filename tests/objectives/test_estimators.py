@@ -1,0 +1,126 @@
+"""Estimators, baselines and token weights on small cases worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megavar.objectives.baselines import question_multiplied, rft_weights, sft_weights
+from megavar.objectives.estimators import log_accuracy, log_gml, log_likelihood, share_over_answers
+from megavar.objectives.loss import mean_response_length, token_weights
+
+INF, NAN = math.inf, math.nan
+
+
+def test_accuracy_of_ragged_answers():
+    scores = torch.tensor([True, False, True, True, False, False])
+    out = log_accuracy(scores, torch.tensor([0, 3, 4, 6, 6]))
+    assert out.dtype == torch.float32
+    assert out.exp().tolist()[:3] == pytest.approx([2 / 3, 1, 0])
+    assert out[2] == -INF and out[3].isnan()
+
+
+def test_gml_is_a_mean_and_likelihood_a_sum():
+    logprobs = torch.tensor([-1.0, -3.0, -0.5, -2.5, -3.0], dtype=torch.float64, requires_grad=True)
+    cu_seqlens = torch.tensor([0, 2, 5, 5])
+    assert log_gml(logprobs, cu_seqlens).tolist()[:2] == [-2.0, -2.0]
+    assert log_gml(logprobs, cu_seqlens)[2].isnan()
+    count = torch.tensor([1, 4, 1])
+    total = log_likelihood(logprobs, cu_seqlens, answer_count=count)
+    assert total.tolist()[:2] == pytest.approx([-4.0, -6.0 + math.log(4)])
+    assert total[2].isnan()
+    total[:2].sum().backward()
+    assert logprobs.grad.tolist() == [1, 1, 1, 1, 1]
+
+
+def test_low_precision_is_computed_in_float32_and_long_sums_keep_their_digits():
+    half = torch.full((3,), -1.0, dtype=torch.bfloat16)
+    assert log_gml(half, torch.tensor([0, 3])).dtype == torch.float32
+    tokens = torch.full((100_000,), -0.1)
+    total = log_likelihood(tokens, torch.tensor([0, 100_000]))
+    assert total.item() == pytest.approx(100_000 * tokens[0].double().item(), rel=1e-7)
+
+
+def test_answers_share_the_weight_of_their_trace():
+    weights = torch.tensor([0.6, 0.4, 0.0])
+    scores = torch.tensor([1, 0, 1, 0, 0, 1])
+    shared = share_over_answers(weights, scores, torch.tensor([0, 3, 5, 6]))
+    # The second trace has weight (from GML, say) but no correct answer to carry it.
+    assert shared.tolist() == pytest.approx([0.3, 0, 0.3, 0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: log_accuracy(torch.tensor([2.0]), torch.tensor([0, 1])),
+        lambda: rft_weights(torch.tensor([-1.0]), torch.tensor([0, 1])),
+        lambda: log_gml(torch.zeros(3), torch.tensor([0, 2])),
+        lambda: log_gml(torch.zeros(3), torch.tensor([0, 2, 1, 3])),
+        lambda: log_gml(torch.zeros(3), torch.tensor([0.0, 3.0])),
+        lambda: log_likelihood(torch.zeros(1), torch.tensor([0, 1]), answer_count=0),
+        lambda: share_over_answers(torch.zeros(2), torch.zeros(1), torch.tensor([0, 1])),
+        lambda: question_multiplied(torch.tensor([-1.0]), torch.tensor([0, 1]), "self_normalised"),
+        lambda: question_multiplied(torch.tensor([1.0]), torch.tensor([0, 1]), "inverse_std"),
+        lambda: question_multiplied(torch.tensor([1.0]), torch.tensor([0, 1]), "inverse"),
+        lambda: mean_response_length(torch.tensor([], dtype=torch.int64)),
+        lambda: mean_response_length(torch.tensor([3, 0])),
+        lambda: token_weights(torch.ones(2), torch.tensor([1]), normaliser=1.0, questions=1),
+        lambda: token_weights(torch.ones(1), torch.tensor([1]), normaliser=0.0, questions=1),
+    ],
+)
+def test_bad_input_is_refused(call):
+    with pytest.raises(ValueError):
+        call()
+
+
+def test_sft_weighs_each_question_once():
+    eligible = torch.tensor([True, True, True, False])
+    assert sft_weights(torch.tensor([0, 1, 1, 3, 4])).tolist() == [1, 0.5, 0.5, 1]
+    assert sft_weights(torch.tensor([0, 1, 1, 3, 4]), eligible=eligible).tolist() == [1, 0.5, 0.5, 0]
+
+
+# Questions: 2 of 4 correct, 3 of 3, 0 of 2, 1 of 7, and one without samples.
+SCORES = torch.tensor([1, 0, 0, 1] + [1, 1, 1] + [0, 0] + [0, 0, 1, 0, 0, 0, 0])
+OFFSETS = torch.tensor([0, 4, 7, 9, 16, 16])
+
+
+@pytest.mark.parametrize(
+    ("kind", "masses"),
+    [
+        ("none", [0.5, 1, 0, 1 / 7, 0]),
+        ("inverse_accuracy", [1, 1, 0, 1, 0]),
+        ("self_normalised", [1, 1, 0, 1, 0]),
+        # GRPO's sqrt(P / (1 - P)); a question that is always right has no advantage and drops out.
+        ("inverse_std", [1, 0, 0, math.sqrt(1 / 6), 0]),
+    ],
+)
+def test_mass_of_a_question_under_rft(kind, masses):
+    weights = rft_weights(SCORES, OFFSETS, question_weight=kind)
+    assert weights.dtype == torch.float32
+    assert (weights[SCORES == 0] == 0).all()
+    sums = [weights[a:b].sum().item() for a, b in zip(OFFSETS[:-1], OFFSETS[1:], strict=True)]
+    assert sums == pytest.approx(masses)
+
+
+@pytest.mark.parametrize("size", range(1, 65))
+def test_rounding_never_makes_a_certain_question_explode(size):
+    weights = rft_weights(torch.ones(size), torch.tensor([0, size]), question_weight="inverse_std")
+    assert (weights == 0).all()
+
+
+def test_token_weights_keep_each_examples_mass():
+    lengths = torch.tensor([2, 4, 1])
+    normaliser = mean_response_length(lengths)
+    assert normaliser == pytest.approx(7 / 3)
+    weights = torch.tensor([1.0, 0.25, 0.75], dtype=torch.float64)
+    out = token_weights(weights, lengths, normaliser=normaliser, questions=2)
+    assert out.tolist() == pytest.approx([w / (normaliser * 2) for w in [1, 1, 0.25, 0.25, 0.25, 0.25, 0.75]])
+    # With C fixed, the loss of a batch is the sum of the losses of its parts: no example sees its neighbours.
+    logprobs = torch.randn(7, dtype=torch.float64)
+    parts = [
+        token_weights(weights[i : i + 1], lengths[i : i + 1], normaliser=normaliser, questions=2)
+        for i in range(3)
+    ]
+    assert -(out * logprobs).sum() == pytest.approx(-(torch.cat(parts) * logprobs).sum().item())
