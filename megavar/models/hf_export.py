@@ -55,11 +55,11 @@ def export_hf(
     """Writes weights, index, config, tokenizer and chat template; collective over all ranks.
 
     Shards travel tensor by tensor to the rank that writes them, so a writer holds one output file at a time.
-    The directory appears under its name only when it is complete and checked; all ranks must see the same file
-    system.
+    The directory appears under its name only when it is complete and checked; all ranks must see the same
+    file system.
 
-    model_chunks: as for `load_hf_weights`. source_hf_dir: where config, tokenizer and generation settings come
-    from. dtype: of the written weights; None keeps the parameters' own. max_shard_bytes: size of an output
+    model_chunks: as for `load_hf_weights`. source_hf_dir: config, tokenizer and generation settings come from
+    there. dtype: of the written weights; None keeps the parameters' own. max_shard_bytes: size of an output
     file, exceeded only by what one parameter holds. overwrite: replace a directory that is already there.
 
     Raises UserError on every rank: the target exists or cannot be written, or the source's config.json is of
@@ -81,8 +81,12 @@ def export_hf(
                 save_file(tensors, partial / file.name, metadata={"format": "pt"})
             except (OSError, SafetensorError) as error:  # others still wait for this rank's part
                 failures.append(f"{partial / file.name} cannot be written: {error}")
-    _raise_any(failures)
-    _on_main(lambda: _finish(architecture, source, out, partial, files, written))
+    try:
+        _raise_any(failures)
+        _on_main(lambda: _finish(architecture, source, out, partial, files, written))
+    except UserError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def verify_export(out_dir: str | Path, *, load: bool = False) -> None:

@@ -15,8 +15,8 @@ from megavar.models.architecture import Architecture, read_architecture
 QWEN25_7B = dict(
     model_type="qwen2", hidden_act="silu", hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
     num_attention_heads=28, num_key_value_heads=4, vocab_size=152064, rope_theta=1000000.0,
-    rms_norm_eps=1e-6, max_position_embeddings=32768, tie_word_embeddings=False, torch_dtype="bfloat16", use_sliding_window=False,
-    sliding_window=131072,
+    rms_norm_eps=1e-6, max_position_embeddings=32768, tie_word_embeddings=False, torch_dtype="bfloat16",
+    use_sliding_window=False, sliding_window=131072,
 )  # fmt: skip
 QWEN3_4B = dict(
     model_type="qwen3", hidden_act="silu", hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,

@@ -109,7 +109,7 @@ def test_every_element_has_exactly_one_place(model: tuple[Architecture, int]) ->
 
 
 def test_placements_equal_megatrons_formulas() -> None:
-    """The reference builds the whole fused tensor and chunks it, as Megatron's own layers define their layout."""
+    """The reference builds the whole fused tensor and chunks it, as Megatron's own layers do."""
     a = Architecture(
         family="qwen2", num_layers=2, hidden_size=12, num_heads=12, num_kv_heads=4, head_dim=3,
         ffn_size=8, vocab_size=37, tied=False, qkv_bias=True, qk_norm=False, rope_theta=1e4,
@@ -132,7 +132,7 @@ def test_placements_equal_megatrons_formulas() -> None:
     for suffix in ("weight", "bias"):
         equal(of(f"{layer}self_attention.linear_qkv.{suffix}"), fused(suffix).chunk(tp))
     gate, up = (checkpoint[f"{hf}mlp.{x}_proj.weight"].chunk(tp) for x in ("gate", "up"))
-    equal(of(f"{layer}mlp.linear_fc1.weight"), [torch.cat(pair) for pair in zip(gate, up, strict=True)])
+    equal(of(f"{layer}mlp.linear_fc1.weight"), [torch.cat(both) for both in zip(gate, up, strict=True)])
     equal(of(f"{layer}mlp.linear_fc2.weight"), checkpoint[f"{hf}mlp.down_proj.weight"].chunk(tp, 1))
     out = checkpoint[f"{hf}self_attn.o_proj.weight"]
     equal(of(f"{layer}self_attention.linear_proj.weight"), out.chunk(tp, 1))

@@ -1,0 +1,201 @@
+"""Run by torchrun on 4 ranks: Hugging Face -> Megatron under many layouts -> Hugging Face, and its logits.
+
+Arguments: a directory of tiny checkpoints, a work directory. Rank 0 prints the report.
+"""
+
+import json
+import resource
+import shutil
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.transformer.module import Float16Module
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from megavar.errors import UserError
+from megavar.models.architecture import read_architecture
+from megavar.models.build import build_model, transformer_config
+from megavar.models.hf_export import export_hf, verify_export
+from megavar.models.hf_import import load_hf_weights
+from megavar.parallel.groups import Groups, initialize
+
+LAYOUTS = {"tp1": (1, 1), "tp2": (2, 1), "pp2": (1, 2), "tp2 pp2": (2, 2)}
+
+
+def stored(path: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for file in path.glob("*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
+
+
+def bitwise_equal(one: Path, other: Path) -> bool:
+    a, b = stored(one), stored(other)
+    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+
+
+def build(hf: Path, groups: Groups, dtype: torch.dtype, experts_split: int = 1) -> torch.nn.Module:
+    architecture = read_architecture(hf)
+    config = transformer_config(architecture, groups, dtype=dtype)
+    if architecture.is_moe:
+        config = replace(
+            config,
+            num_moe_experts=architecture.num_experts,
+            moe_router_topk=architecture.experts_per_token,
+            moe_ffn_hidden_size=architecture.expert_ffn_size,
+            moe_router_load_balancing_type="none",
+            moe_router_dtype="fp32",
+            expert_model_parallel_size=experts_split,
+        )
+    model = build_model(architecture, config, groups)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(float("nan"))  # whatever import leaves out shows in the logits
+    load_hf_weights([model], architecture, hf)
+    return model
+
+
+@torch.no_grad()
+def logits_error(model: torch.nn.Module, hf: Path) -> float:
+    """Largest absolute difference to transformers' logits; 0 on ranks that hold no logits."""
+    tokens = torch.randint(0, 83, (2, 24), generator=torch.Generator().manual_seed(3))
+    positions = torch.arange(24).expand(2, -1)
+
+    def step(_: Any, module: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        return module(tokens, positions, None), lambda out, non_loss_data: out
+
+    outputs = get_forward_backward_func()(
+        forward_step_func=step, data_iterator=None, model=[model.eval()], num_microbatches=1, seq_length=24,
+        micro_batch_size=2, forward_only=True, collect_non_loss_data=True,
+    )  # fmt: skip
+    if not outputs:
+        return 0.0
+    want = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)(tokens).logits
+    got = gather_from_tensor_model_parallel_region(outputs[0])
+    assert torch.all(got[..., 83:] == 0), "padding of the vocabulary must be zero"
+    return (got[..., :83] - want).abs().max().item()
+
+
+def worst(value: float) -> float:
+    everyone = torch.tensor(value)
+    dist.all_reduce(everyone, op=dist.ReduceOp.MAX)
+    return everyone.item()
+
+
+def round_trips(models: Path, work: Path) -> dict[str, dict[str, Any]]:
+    report = {}
+    for layout, (tp, pp) in LAYOUTS.items():
+        groups = initialize(tp=tp, pp=pp)
+        for hf in sorted(models.iterdir()):
+            fp32 = "bf16" not in hf.name
+            model = build(hf, groups, torch.float32 if fp32 else torch.bfloat16)
+            error = worst(logits_error(model, hf)) if fp32 else None
+            if not fp32:
+                model = Float16Module(model.config, model)
+            out = work / f"{hf.name} {layout}"
+            export_hf([model], read_architecture(hf), hf, out, max_shard_bytes=30_000)
+            if groups.is_main:
+                verify_export(out, load=True)
+                report[out.name] = {
+                    "logits": error,
+                    "bitwise": bitwise_equal(hf, out),
+                    "files": len(list(out.glob("*.safetensors"))),
+                    "largest": max(f.stat().st_size for f in out.glob("*.safetensors")),
+                    "config same": (hf / "config.json").read_bytes() == (out / "config.json").read_bytes(),
+                }
+    return report
+
+
+def experts_split_over_ranks(moe: Path, work: Path) -> dict[str, Any]:
+    """Expert parallelism, alone and with pipeline parallelism."""
+    report = {}
+    for layout, (pp, ep) in {"ep2": (1, 2), "pp2 ep2": (2, 2)}.items():
+        groups = initialize(pp=pp)
+        mpu.destroy_model_parallel()
+        mpu.initialize_model_parallel(pipeline_model_parallel_size=pp, expert_model_parallel_size=ep)
+        model = build(moe, groups, torch.float32, experts_split=ep)
+        error = worst(logits_error(model, moe))
+        export_hf([model], read_architecture(moe), moe, work / layout)
+        if groups.is_main:
+            report[layout] = {"logits": error, "bitwise": bitwise_equal(moe, work / layout)}
+    return report
+
+
+def casts(models: Path, work: Path) -> dict[str, Any]:
+    """bf16 weights trained in fp32 and written back in either type; one file."""
+    groups = initialize(tp=2)
+    hf = models / "qwen3_untied_bf16"
+    model = build(hf, groups, torch.float32)
+    architecture = read_architecture(hf)
+    export_hf([model], architecture, hf, work / "back", dtype="bfloat16")
+    export_hf([model], architecture, hf, work / "wide")
+    if not groups.is_main:
+        return {}
+    wide = read_architecture(work / "wide")
+    return {
+        "back": bitwise_equal(hf, work / "back"),
+        "files": sorted(p.name for p in (work / "back").iterdir()),
+        "wide": wide.dtype,
+        "wide is exact": all(torch.equal(t, stored(hf)[n].float()) for n, t in stored(work / "wide").items()),
+    }
+
+
+def refusals(models: Path, work: Path) -> dict[str, str]:
+    """Each is raised on all ranks, else this would hang; the directory that is there stays as it is."""
+    groups = initialize(tp=2)
+    hf = models / "qwen3_tied"
+    model = build(hf, groups, torch.float32)
+    architecture = read_architecture(hf)
+    report = {}
+
+    def refused(name: str, **kwargs: Any) -> None:
+        try:
+            export_hf([model], architecture, **{"source_hf_dir": hf, **kwargs})
+        except UserError as error:
+            report[name] = str(error)
+
+    export_hf([model], architecture, hf, work / "export")
+    refused("exists", out_dir=work / "export")
+    refused("other", out_dir=work / "new", source_hf_dir=models / "qwen2_tied")
+    refused("file in the way", out_dir=hf / "config.json" / "export")
+    refused("itself", out_dir=hf, overwrite=True)
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    if groups.is_main:  # as a full disk would
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    refused("disk full", out_dir=work / "export", overwrite=True)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    report["kept"] = str(bitwise_equal(hf, work / "export"))
+    dist.barrier()
+    export_hf([model], architecture, hf, work / "export", overwrite=True)
+    report["replaced"] = str(not bitwise_equal(hf, work / "export"))
+    report["left behind"] = str(sorted(p.name for p in work.iterdir()))
+    return report
+
+
+def main() -> None:
+    models, work = Path(sys.argv[1]), Path(sys.argv[2])
+    report = {"round trips": round_trips(models, work / "round_trips")}
+    moe = models / "qwen3_moe"
+    report["experts"] = experts_split_over_ranks(moe, work / "experts")
+    report["casts"] = casts(models, work / "casts")
+    report["refusals"] = refusals(models, work / "refusals")
+    if dist.get_rank() == 0:
+        print("REPORT " + json.dumps(report), flush=True)
+    dist.barrier()
+    shutil.rmtree(work / "round_trips", ignore_errors=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
