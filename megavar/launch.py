@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megavar.errors import UserError
+from megavar.files import write_atomically
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -138,7 +139,8 @@ def _hand_over(message: str, *, user: bool) -> None:
     stack = traceback.format_exc()
     extra = {"timestamp": int(now), "moment": now, "py_callstack": stack, "user": user}
     content = json.dumps({"message": {"message": message, "extraInfo": extra}})
-    Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(content, encoding="utf-8")
+    # The agent may read it at any moment: it must never see half of it.
+    write_atomically(Path(os.environ["TORCHELASTIC_ERROR_FILE"]), content)
 
 
 def _die_with_parent(number: signal.Signals) -> None:

@@ -13,7 +13,7 @@ from megavar.config import schema
 
 
 def describe_keys(width: int = 100) -> str:
-    """One block per section: key, type, default, docstring. A type met before is told by its other defaults."""
+    """One block per section: key, type, default, docstring. A type met before is told by its defaults."""
     lines = ["keys of the recipe, in TOML sections and as --section.key VALUE:"]
     told: dict[type[BaseModel], tuple[str, dict[str, Any]]] = {}
     sections: dict[str, list[schema.Key]] = {}
