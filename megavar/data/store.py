@@ -190,7 +190,8 @@ class PartStore:
     def read_keyed(
         self, columns: Sequence[str], *, parts: Iterable[int] | None = None
     ) -> dict[tuple, dict[str, Any]]:
-        """Key -> the named columns of its row, of the given parts or of all. Raises ValueError if two parts hold the same key."""
+        """Key -> the named columns of its row, of the given parts or of all. Raises ValueError if two parts
+        hold the same key."""
         rows: dict[tuple, dict[str, Any]] = {}
         for batch in self.iter_batches([*dict.fromkeys([*self.key, *columns])], parts=parts):
             for row in batch.to_pylist():

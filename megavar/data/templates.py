@@ -269,7 +269,7 @@ class Encoder:
         if self.codec.to_bytes(ids) != text.encode():
             raise UserError(
                 f"template {self.template.name!r}: the tokenizer turns {part} {text[:60]!r} into "
-                f"{self.codec.to_bytes(ids)[:60].decode('utf-8', errors='replace')!r}; it cannot be used with it"
+                f"{self.codec.to_bytes(ids)[:60].decode('utf-8', errors='replace')!r}; use another"
             )
         return ids
 

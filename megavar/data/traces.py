@@ -53,7 +53,8 @@ class TraceStore(PartStore):
                 writer.append_batch(trace_batch(trace))
 
     def iter_traces(self, *, parts: Iterable[int] | None = None) -> Iterator[Trace]:
-        """The traces of the given parts, by default of all, in part order, each with arrays of its own; holds one row group at a time."""
+        """The traces of the given parts, by default of all, in part order, each with arrays of its own; holds
+        one row group at a time."""
         for batch in self.iter_batches(parts=parts):
             yield from _traces(batch)
 

@@ -1,0 +1,54 @@
+"""A verifier process: `python -m megavar.verifiers.worker FD MEMORY_BYTES CPU_SECONDS`.
+
+Speaks pickles over the socket FD. For each (verifier, answer, question) it says "started" once the verifier
+is imported, so that the time limit counts the verifying alone, then (outcome, score). Ends when its parent
+does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import sys
+from multiprocessing.connection import Connection
+
+from megavar.verifiers import load_verifier
+
+
+def main(connection: Connection, cpu_seconds: float) -> None:
+    """Serve until the parent closes its end. Exceeding `cpu_seconds` on one item kills the process."""
+    while True:
+        try:
+            name, answer, question = connection.recv()
+        except EOFError:
+            return
+        verify = load_verifier(name)
+        connection.send("started")
+        # The parent kills a process that hangs; this is for the one whose parent was killed meanwhile. It
+        # must end even inside C code, where no Python handler runs: SIGPROF's default action is to terminate.
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+        try:
+            with (
+                open(os.devnull, "w") as null,
+                contextlib.redirect_stdout(null),
+                contextlib.redirect_stderr(null),
+            ):
+                reply = "verified", verify(answer, question)
+        except TimeoutError:
+            reply = "timed_out", 0.0
+        except (
+            Exception
+        ) as error:  # scorers are third-party code and may raise anything; the parent reports it
+            reply = f"{type(error).__name__}: {error}"[:300], 0.0
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        connection.send(reply)
+
+
+if __name__ == "__main__":
+    # Ctrl-C reaches the whole group; ending the workers is the parent's business.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    memory = int(sys.argv[2])
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    main(Connection(int(sys.argv[1])), float(sys.argv[3]))
