@@ -81,6 +81,7 @@ def export_hf(
                 save_file(tensors, partial / file.name, metadata={"format": "pt"})
             except (OSError, SafetensorError) as error:  # others still wait for this rank's part
                 failures.append(f"{partial / file.name} cannot be written: {error}")
+        del tensors  # before the next file's arrive
     try:
         _raise_any(failures)
         _on_main(lambda: _finish(architecture, source, out, partial, files, written))
@@ -228,6 +229,8 @@ def _finish(
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     _copy_config(architecture, source, partial, dtype)
+    for file in files:  # safetensors writes files that nobody else may read, an engine's user included
+        shutil.copymode(partial / "config.json", partial / file.name)
     for pattern in COMPANIONS:
         for path in source.glob(pattern):
             if path.is_dir():

@@ -79,6 +79,7 @@ def test_what_travels_along(report: dict, models: Path, work: Path) -> None:
     source, out = models / "qwen3_untied_bf16", work / "casts/back"
     expected = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", *COMPANIONS}
     assert set(report["casts"]["files"]) == expected | {"chat_template.jinja"}
+    assert len({file.stat().st_mode for file in out.iterdir()}) == 1, "an engine's user reads all or none"
     for file in out.iterdir():
         if file.suffix != ".safetensors":
             assert file.read_bytes() == (source / file.name).read_bytes(), file.name
