@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megavar.objectives.weights import ScoredTraces, WeighedTraces, weigh
+from megavar.objectives.weights import ScoredTraces, TraceWeights, weigh
 
 
 def forward_kl_weights(
     question_ids: tuple[str, ...], question_offsets: Tensor, log_c: Tensor, *, eligible: Tensor | None = None
-) -> WeighedTraces:
+) -> TraceWeights:
     """w~_m = c(z_m) / sum_j c(z_j) on M traces z_m ~ pi(z|x): wake-phase fitting of q (Eq. 9).
 
     grad KL(P(z|x,Y) || q) = -E_{pi(z|x)}[c(z)/P(Y|x) grad log q(z|x,y')], so KL falls along

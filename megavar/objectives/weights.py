@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import megavar_kernels as kernels
 import torch
-from megavar_kernels import TraceWeights, trace_weights
 from torch import Tensor
 
 from megavar.objectives.segments import check_offsets, compute_dtype, pad, segment_ids, segment_sum
@@ -69,7 +69,7 @@ class ScoredTraces:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WeighedTraces:
+class TraceWeights:
     """Weights of N traces of Q questions, with what is worth watching about them."""
 
     question_ids: tuple[str, ...]
@@ -111,7 +111,7 @@ def weigh(
     all_zero: AllZero = "skip",
     gml: Tensor | None = None,
     seed: int = 0,
-) -> WeighedTraces:
+) -> TraceWeights:
     """Self-normalised weights rho~_k = rho_k / sum_j rho_j (Eq. 6), rho_k = (pi(z_k|x)/q(z_k|x,y'))^a c(z_k).
 
     Args:
@@ -146,7 +146,7 @@ def weigh(
     eligible = _eligible(scored)
     normalised = pad(used.weights, offsets, 0.0)
     weights = _select(used.log_rho, used.weights, alive, scored, selection, seed)
-    return WeighedTraces(
+    return TraceWeights(
         question_ids=scored.question_ids,
         question_offsets=offsets,
         outcomes=tuple(_outcome(d, a, all_zero) for d, a in zip(dead.tolist(), alive.tolist(), strict=True)),
@@ -163,7 +163,7 @@ def weigh(
     )
 
 
-def summarise(parts: Iterable[WeighedTraces]) -> dict[str, float]:
+def summarise(parts: Iterable[TraceWeights]) -> dict[str, float]:
     """Metrics of the weights of all questions, given in parts of any size (consumed lazily).
 
     Counts are over questions; `ess`, `largest_weight`, `log_weight_spread` are means over questions with
@@ -183,8 +183,8 @@ def summarise(parts: Iterable[WeighedTraces]) -> dict[str, float]:
         traces += part.weights.numel()
         ineligible += part.weights.numel() - int(part.eligible_traces.sum())
         alive = part.ess > 0
-        for key, value in zip(sums, (part.ess, part.largest, part.spread), strict=True):
-            sums[key] += float(value[alive].double().sum())
+        for key, values in zip(sums, (part.ess, part.largest, part.spread), strict=True):
+            sums[key] += float(values[alive].double().sum())
         k = torch.arange(part.bounds.numel(), device=part.bounds.device)
         k = k - part.question_offsets[segment_ids(part.question_offsets)] + 1
         for step in k.unique().tolist():
@@ -198,9 +198,9 @@ def summarise(parts: Iterable[WeighedTraces]) -> dict[str, float]:
     metrics |= {"traces": float(traces), "traces_open": float(ineligible)}
     metrics |= {name: value / with_weight if with_weight else math.nan for name, value in sums.items()}
     for step in sorted(bound_seen):
-        finite = bound_finite[step]
-        metrics[f"bound_{step}"] = bound_sum[step] / finite if finite else -math.inf
-        metrics[f"bound_finite_{step}"] = finite / bound_seen[step]
+        count = bound_finite[step]
+        metrics[f"bound_{step}"] = bound_sum[step] / count if count else -math.inf
+        metrics[f"bound_finite_{step}"] = count / bound_seen[step]
     return metrics
 
 
@@ -216,7 +216,7 @@ def _outcome(dead: bool, alive: bool, all_zero: AllZero) -> Outcome:
     return "original" if all_zero == "original" else "skipped"
 
 
-def _apply_kernel(scored: ScoredTraces, log_c: Tensor, ratio: Ratio) -> TraceWeights:
+def _apply_kernel(scored: ScoredTraces, log_c: Tensor, ratio: Ratio) -> kernels.TraceWeights:
     """The kernel's result, with rho = 0 for traces that are not eligible."""
     eligible = _eligible(scored)
     bad = eligible & ~(log_c < math.inf)
@@ -229,7 +229,7 @@ def _apply_kernel(scored: ScoredTraces, log_c: Tensor, ratio: Ratio) -> TraceWei
     else:
         policy, posterior, cu_seqlens = _thought_logprobs(scored, eligible, ratio)
     dtype = torch.promote_types(compute_dtype(log_c), compute_dtype(policy))
-    return trace_weights(
+    return kernels.trace_weights(
         policy.to(dtype),
         posterior.to(dtype),
         cu_seqlens,

@@ -9,15 +9,15 @@ from __future__ import annotations
 import itertools
 import math
 
+import megavar_kernels as kernels
 import pytest
 import torch
-from megavar_kernels import TraceWeights, posterior_score_weights, trace_weights
 from torch import Tensor
 
 from megavar.objectives.baselines import question_multiplied, rft_weights
 from megavar.objectives.estimators import log_accuracy, log_gml, log_likelihood, share_over_answers
 from megavar.objectives.posterior import forward_kl_weights
-from megavar.objectives.weights import ScoredTraces, WeighedTraces, weigh
+from megavar.objectives.weights import ScoredTraces, TraceWeights, weigh
 
 THOUGHTS = ANSWERS = 7
 
@@ -65,7 +65,7 @@ def ragged(per_sequence: list[Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
 
 def weigh_tuples(
     space, toy, index: Tensor, proposal: Tensor | None = None, ratio: str = "full"
-) -> WeighedTraces:
+) -> TraceWeights:
     """The package's weights of all K-tuples at once: each tuple is a question with K traces."""
     policy, cu_seqlens = ragged(space.token_logprobs(toy.thought.detach()), index)
     proposal = toy.posterior.detach() if proposal is None else proposal
@@ -81,13 +81,15 @@ def weigh_tuples(
     return weigh(scored, ratio=ratio)
 
 
-def kernel_bounds(space, toy, index: Tensor) -> TraceWeights:
+def kernel_bounds(space, toy, index: Tensor) -> kernels.TraceWeights:
     """The kernel itself on all K-tuples, with its own gradients."""
     policy, cu_seqlens = ragged(space.token_logprobs(toy.thought), index)
     posterior, _ = ragged(space.token_logprobs(toy.posterior.detach()), index)
     log_c = toy.log_c[index].flatten()
     where = offsets(*index.shape)
-    return trace_weights(policy, posterior, cu_seqlens, where, log_likelihood=log_c, length_normalize=False)
+    return kernels.trace_weights(
+        policy, posterior, cu_seqlens, where, log_likelihood=log_c, length_normalize=False
+    )
 
 
 def test_tables_are_distributions_from_easy_to_hopeless(toy):
@@ -164,7 +166,7 @@ def test_posterior_gradient_of_the_bound(space, toy, traces):
     bound = (toy.log_q[index].sum(1).exp() * (log_rho[index].logsumexp(dim=1) - math.log(traces))).sum()
     out = weigh_tuples(space, toy, index)
     coefficient = out.bounds.view(-1, traces)[:, -1:] - out.weights.view(-1, traces)
-    score = posterior_score_weights(kernel_bounds(space, toy, index), offsets(*index.shape))
+    score = kernels.posterior_score_weights(kernel_bounds(space, toy, index), offsets(*index.shape))
     assert_equal(score.view(-1, traces), coefficient)
     probability = toy.log_q.detach()[index].sum(dim=1).exp()
     estimator = (probability * (coefficient * toy.log_q[index]).sum(dim=1)).sum()
