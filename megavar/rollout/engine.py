@@ -31,7 +31,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     """Texts that end a generation. The ids up to and including the token that completes the text are kept."""
     stop_ids: tuple[int, ...] = ()
-    """Token ids that end a generation; the id is kept."""
+    """Token ids that end a generation, beside the model's own end-of-sequence ids; the id is kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as hf_logging
 
 from megavar.data.records import VersionSpan
@@ -51,6 +57,7 @@ class LocalEngine:
         self._dtype = dtype
         self._device = torch.device(device)
         self._batch_size = batch_size
+        self._closed = False
         self._stops: dict[tuple[str, ...], StopTexts] = {}
         self.update_weights(hf_directory, version)
 
@@ -75,17 +82,23 @@ class LocalEngine:
         finally:
             if bar:
                 hf_logging.enable_progress_bar()
-        self._model = model.to(self._device).eval().requires_grad_(False)
+        model.eval().requires_grad_(False)
+        self._model: PreTrainedModel = model
+        torch.nn.Module.to(model, self._device)
         self._directory = directory
         self._version = version
         self._limit: int = model.config.get_text_config().max_position_embeddings
         self._vocabulary: int = model.get_output_embeddings().weight.shape[0]
+        self._tokenizer = _tokenizer(directory)
+        self._end_ids = _end_of_sequence(model, self._tokenizer)
         self._stops.clear()
 
     def close(self) -> None:
         """Release the model. Idempotent."""
-        self._model = None
-        self._stops.clear()
+        if not self._closed:
+            self._closed = True
+            del self._model
+            self._stops.clear()
 
     def generate(self, requests: Iterable[Request], params: SamplingParams) -> Iterator[Completion]:
         """Yield every completion once, batch by batch.
@@ -93,7 +106,7 @@ class LocalEngine:
         Raises UserError for a prompt that is empty, that holds ids outside the vocabulary or that leaves no
         room in the context, and for stop texts where the directory has no tokenizer.
         """
-        if self._model is None:
+        if self._closed:
             raise RuntimeError("the engine is closed")
         stops = self._stop_texts(params.stop)
         rows = ((request, index) for request in requests for index in range(len(request.seeds)))
@@ -110,14 +123,12 @@ class LocalEngine:
         if "" in texts:
             raise UserError("an empty stop text would end every completion at once; remove it from `stop`")
         if texts not in self._stops:
-            # Without its files transformers makes an empty tokenizer of the family instead of failing.
-            if not any(self._directory.glob("tokenizer*")):
+            if self._tokenizer is None:
                 raise UserError(
                     f"{self._directory}: stop texts need a tokenizer and there is none; "
                     "put its files there or stop on token ids"
                 )
-            tokenizer = AutoTokenizer.from_pretrained(self._directory, local_files_only=True)
-            self._stops[texts] = StopTexts(tokenizer, texts, self._vocabulary)
+            self._stops[texts] = StopTexts(self._tokenizer, texts, self._vocabulary)
         return self._stops[texts]
 
     def _context(self, params: SamplingParams) -> int:
@@ -174,7 +185,7 @@ class LocalEngine:
         width = int(lengths.max())
         budgets = np.minimum(params.max_tokens, self._context(params) - lengths)
         stop_ids = np.zeros(self._vocabulary, dtype=bool)
-        stop_ids[[token for token in params.stop_ids if 0 <= token < self._vocabulary]] = True
+        stop_ids[[token for token in (*params.stop_ids, *self._end_ids) if token < self._vocabulary]] = True
         seeds = [request.seeds[index] for request, index in rows]
         uniforms = RowUniforms(seeds) if params.temperature > 0 else None
 
@@ -244,3 +255,19 @@ class LocalEngine:
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
+
+
+def _tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
+    # Without its files transformers makes an empty tokenizer of the family instead of failing.
+    if not any(directory.glob("tokenizer*")):
+        return None
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+
+
+def _end_of_sequence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
+    """The ids that SGLang too stops on: of config.json, generation_config.json and the tokenizer."""
+    ids: set[int] = set()
+    for source in (model.config.get_text_config(), model.generation_config, tokenizer):
+        found = getattr(source, "eos_token_id", None)
+        ids.update([found] if isinstance(found, int) else found or [])
+    return frozenset(ids)

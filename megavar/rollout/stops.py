@@ -32,6 +32,13 @@ class StopTexts:
         """bool [V]: whether `completed` needs to be asked after this id."""
         self.may_complete[:known] = [not last.isdisjoint(piece) for piece in pieces]
 
+    def first(self, ids: np.ndarray) -> int | None:
+        """Length of the shortest prefix of int [N] `ids` whose text holds a stop text, None without one."""
+        for position in np.flatnonzero(self.may_complete[ids]):
+            if self.completed(ids[: position + 1]):
+                return int(position) + 1
+        return None
+
     def completed(self, ids: np.ndarray) -> bool:
         """Whether the text of int [N] `ids` holds a stop text, given that ids[:-1] does not."""
         # The head of a tail may lose a space or show up to three U+FFFD of a broken character: four spare.

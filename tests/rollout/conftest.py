@@ -18,7 +18,8 @@ def write_model(directory: Path, *, seed: int, context: int = 256, scale: float 
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True), AddedToken("<|pad|>", special=True)])
+    # "</a>" is one id when encoded and several when a model spells it.
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in ("<|end|>", "<|pad|>", "</a>")])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
     fast.save_pretrained(directory)
     torch.manual_seed(seed)
