@@ -177,7 +177,13 @@ class PartStore:
                         raise UserError(
                             f"{path}: written with other columns than this version reads; start a new run"
                         )
-                    yield from part.iter_batches(batch_rows, columns=columns, use_threads=False)
+                    names = self.schema.names if columns is None else list(columns)
+                    # One row group at a time: over several, pyarrow's reader keeps what it has passed.
+                    for group in range(part.num_row_groups):
+                        for batch in part.iter_batches(
+                            batch_rows, row_groups=[group], columns=names, use_threads=False
+                        ):
+                            yield batch.select(names)
             except pa.ArrowException as error:
                 raise UserError(f"{path}: damaged ({error}); delete it and run again") from error
 

@@ -6,7 +6,6 @@ concatenate.
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,16 +27,12 @@ class TokenCodec:
                 f"{type(tokenizer).__name__} has no tokenizer.json; save the model with its fast tokenizer"
             )
         self._tokenizer, self._backend = tokenizer, backend
-        # `split_special_tokens=True` of transformers spares special added tokens only; Qwen3's <think> and
-        # tool marks are added tokens that are not special. Inserted text must match neither, so it gets a
-        # tokenizer of its own that knows no added token.
-        plain: dict[str, object] = {
-            "added_tokens": [],
-            "post_processor": None,
-            "truncation": None,
-            "padding": None,
-        }
-        self._text = Tokenizer.from_str(json.dumps(json.loads(backend.to_str()) | plain))
+        # `split_special_tokens=True` of transformers spares special added tokens only; Qwen3's <think> and tool
+        # marks are added tokens that are not special. Inserted text must match neither, so it gets a tokenizer
+        # of its own that shares the vocabulary and knows no added token.
+        self._text = Tokenizer(backend.model)
+        self._text.normalizer = backend.normalizer
+        self._text.pre_tokenizer = backend.pre_tokenizer
         self._added = {
             index: token.content.encode() for index, token in backend.get_added_tokens_decoder().items()
         }

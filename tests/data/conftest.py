@@ -26,13 +26,18 @@ QWEN_PLAIN = (
 
 
 @pytest.fixture(scope="session")
-def qwen_tokenizer() -> PreTrainedTokenizerFast:
-    """Qwen3's tokenizer, converted from the vocabulary that the dashscope package ships (never imported)."""
+def qwen_vocabulary() -> Path:
+    """The Qwen vocabulary as the dashscope package ships it; the package itself is never imported."""
     spec = importlib.util.find_spec("dashscope")
     if spec is None or spec.origin is None:
         pytest.fail("the tests need the package dashscope, installed with --no-deps, for its qwen.tiktoken")
-    vocabulary = Path(spec.origin).parent / "resources" / "qwen.tiktoken"
-    backend = TikTokenConverter(vocab_file=str(vocabulary), pattern=QWEN_PATTERN).converted()
+    return Path(spec.origin).parent / "resources" / "qwen.tiktoken"
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer(qwen_vocabulary: Path) -> PreTrainedTokenizerFast:
+    """Qwen3's tokenizer, converted by transformers."""
+    backend = TikTokenConverter(vocab_file=str(qwen_vocabulary), pattern=QWEN_PATTERN).converted()
     backend.normalizer = normalizers.NFC()
     backend.add_tokens([AddedToken(text, normalized=False, special=True) for text in QWEN_SPECIAL])
     backend.add_tokens([AddedToken(text, normalized=False, special=False) for text in QWEN_PLAIN])
