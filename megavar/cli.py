@@ -74,17 +74,19 @@ def _run(args: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
     if args.dry_run:
         print(dump_recipe(recipe), end="")
         return 0
-    from megavar import rounds
-    from megavar.runs import RunDirectory
-
     rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
     if (rank is None) != (world is None):
         raise UserError("RANK and WORLD_SIZE: set both (as torchrun does) or neither")
     if world is not None and int(world) != recipe.trainer.ranks:
         raise UserError(f"trainer.ranks is {recipe.trainer.ranks}, but {world} processes were started")
-    rounds.preflight(recipe)
+    from megavar import preflight
+    from megavar.runs import RunDirectory
+
+    preflight.check(recipe)
     with RunDirectory.open(recipe, force=args.force, writer=rank in (None, "0")):
         if rank is not None:
+            from megavar import rounds
+
             rounds.main(recipe.out, until=args.until)
             return 0
         from megavar.launch import launch

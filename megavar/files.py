@@ -11,7 +11,7 @@ from typing import Self
 
 from megavar.errors import UserError
 
-GRACE_SECONDS = 5.0
+GRACE_SECONDS = 10.0
 """A killed run's processes need a moment to go; a lock that stays held longer is in use."""
 
 
