@@ -348,5 +348,8 @@ def _check(
         raise ValueError(f"vocab_start: must not be negative, got {vocab_start}")
     if vocab_size is not None and vocab_size <= 0:
         raise ValueError(f"vocab_size: must be positive, got {vocab_size}")
+    if hidden.dtype == torch.float64 and hidden.device.type != "cpu":
+        raise TypeError(f"hidden: float64 is computed on the CPU alone, got it on {hidden.device}")
+    _backend(hidden)  # a missing triton shows before any work
     rows = weight.shape[0] if vocab_size is None else min(max(vocab_size - vocab_start, 0), weight.shape[0])
     return _Shard(group, sequence_parallel, 1.0 / temperature, vocab_start, rows, ignore_index)

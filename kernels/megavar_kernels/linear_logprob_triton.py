@@ -25,6 +25,10 @@ STAGE_COLS = 4096
 DLOGITS_BYTES = 256 << 20
 # Tokens per fused forward launch: the tile statistics take 16 * 4096 * V / 128 bytes (78 MB at V=151936).
 FUSED_TOKENS = 4096
+# A row of 4096 logits beside its exponentials: 8 warps spill on sm_80.
+STATISTICS_WARPS = 16
+# Block of reduce_statistics.
+REDUCE_TOKENS, REDUCE_TILES = 32, 64
 
 
 class Tile(NamedTuple):
@@ -184,7 +188,7 @@ def _chunked_statistics(
                 kept.maxima[chunk, part] if keep else None,
                 stats.stride(0), z.shape[1], col0, scale, z.stride(0),
                 kept.exponentials.stride(0) if keep else 0,
-                KEEP=keep, BLOCK=STAGE_COLS, num_warps=8, enable_fp_fusion=True,
+                KEEP=keep, BLOCK=STAGE_COLS, num_warps=STATISTICS_WARPS, enable_fp_fusion=True,
             )  # fmt: skip
 
 
@@ -238,9 +242,10 @@ def _fused_statistics(hidden: Tensor, weight: Tensor, target: Tensor, scale: flo
         BM=tile.m, BN=tile.n, BK=tile.k, GROUP_M=tile.group_m,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
-    kernels.reduce_statistics[(triton.cdiv(tokens, 32),)](
-        tiles, stats, halves, tokens, stats.stride(0), BT=32, BR=64, num_warps=4, enable_fp_fusion=True
-    )
+    kernels.reduce_statistics[(triton.cdiv(tokens, REDUCE_TOKENS),)](
+        tiles, stats, halves, tokens, stats.stride(0), BT=REDUCE_TOKENS, BR=REDUCE_TILES,
+        num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
     stats[3].masked_fill_(target < 0, -torch.inf)
 
 

@@ -76,8 +76,8 @@ def trace_weights(
         policy_logprob: `[N]` fp32 (fp64 on the CPU), log pi of every thought token, traces one after another.
         posterior_logprob: `[N]` same dtype, log q of the same tokens; finite.
         cu_seqlens: `[S + 1]` int32 or int64, first token of each trace and, at the end, N.
-        question_offsets: `[Q + 1]` int32 or int64, first trace of each question and, at the end, S; at most
-            256 traces a question.
+        question_offsets: `[Q + 1]` dtype of cu_seqlens, first trace of each question and, at the end, S; at
+            most 256 traces a question.
         log_likelihood: `[S]` log c_k, from likelihoods of the reference answer. Exactly one of this and
         accuracy: `[S]` c_k in [0, 1], from sampled answers; 0 gives log rho = -inf.
         temper: exponent of the ratio, >= 0; 0 leaves it out.
@@ -181,7 +181,7 @@ def _check_tensors(
     require_vector("policy_logprob", policy, None, dtypes)
     require_vector("posterior_logprob", posterior, policy.shape[0], (policy.dtype,))
     require_vector("cu_seqlens", cu_seqlens, None, INDEX_DTYPES)
-    require_vector("question_offsets", question_offsets, None, INDEX_DTYPES)
+    require_vector("question_offsets", question_offsets, None, (cu_seqlens.dtype,))
     for name, offsets in (("cu_seqlens", cu_seqlens), ("question_offsets", question_offsets)):
         if offsets.shape[0] == 0:
             raise ValueError(f"{name}: needs at least the one element 0")

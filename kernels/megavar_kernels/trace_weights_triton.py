@@ -33,7 +33,13 @@ def _question_of(trace, question_offsets_ptr, questions, steps):
     return low
 
 
-@triton.jit(do_not_specialize=["questions", "steps"])
+@triton.jit(
+    do_not_specialize=["questions", "steps"],
+    do_not_specialize_on_alignment=[
+        "answer_ptr", "cu_seqlens_ptr", "question_offsets_ptr", "log_ratio_ptr", "log_rho_ptr", "weights_ptr",
+        "bounds_ptr", "effective_ptr", "arrived_ptr",
+    ],
+)  # fmt: skip
 def trace_weights_forward(
     policy_ptr, posterior_ptr, answer_ptr, cu_seqlens_ptr, question_offsets_ptr,
     log_ratio_ptr, log_rho_ptr, weights_ptr, bounds_ptr, effective_ptr, arrived_ptr,
@@ -85,7 +91,15 @@ def trace_weights_forward(
         tl.store(bounds_ptr + begin + offs, bounds, mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "grad_ptr",
+        "log_rho_ptr",
+        "bounds_ptr",
+        "question_offsets_ptr",
+        "grad_log_rho_ptr",
+    ]
+)
 def trace_bounds_backward(
     grad_ptr, log_rho_ptr, bounds_ptr, question_offsets_ptr, grad_log_rho_ptr, GROUP: tl.constexpr
 ):

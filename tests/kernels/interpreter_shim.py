@@ -1,7 +1,7 @@
 """Makes the Triton interpreter stand in for a device: import before any kernel, under TRITON_INTERPRET=1.
 
-The interpreter holds bf16 as uint16 bit patterns and multiplies those in tl.dot: operands are widened first. The
-cuBLAS calls of the launchers have no CPU form with an fp32 result from bf16, so they get one here.
+The interpreter holds bf16 as uint16 bit patterns and multiplies those in tl.dot: operands are widened first.
+The cuBLAS calls of the launchers have no CPU form with an fp32 result from bf16, so they get one here.
 """
 
 import importlib

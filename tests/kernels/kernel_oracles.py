@@ -1,5 +1,8 @@
 """Independent fp64 oracles: the textbook formulas on full logits, differentiated by autograd."""
 
+import os
+import sys
+
 import torch
 from torch import Tensor
 
@@ -32,3 +35,8 @@ def within_ulp(actual: Tensor, expected: Tensor, ulps: float = 1.0, floor: float
     eps = torch.finfo(actual.dtype).eps
     exponent = torch.floor(torch.log2(expected.abs().clamp(min=1e-30)))
     return bool(((actual.double() - expected).abs() <= ulps * eps * torch.exp2(exponent) + floor).all())
+
+
+def child_environment(**variables: str) -> dict[str, str]:
+    """Environment in which a child process imports what this one can."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), **variables}
