@@ -122,10 +122,9 @@ REGISTRY: dict[str, Template] = {
         ),
         Template(
             name="qwen3_think_posterior",
-            # Each inserted text closes its turn: between two texts of one turn "?\n\n" would be cut in two tokens.
-            prompt=chat(
-                RECONSTRUCT_THINK + "\nReference solution:\n{solution}", "{question}", "<think>\n"
-            ),
+            # Each inserted text closes its turn: between two texts of one turn "?\n\n" would be cut in two
+            # tokens.
+            prompt=chat(RECONSTRUCT_THINK + "\nReference solution:\n{solution}", "{question}", "<think>\n"),
             thought_end="</think>",
             answer_start="\n\n",
             answer_end="<|im_end|>",

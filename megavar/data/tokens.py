@@ -27,9 +27,9 @@ class TokenCodec:
                 f"{type(tokenizer).__name__} has no tokenizer.json; save the model with its fast tokenizer"
             )
         self._tokenizer, self._backend = tokenizer, backend
-        # `split_special_tokens=True` of transformers spares special added tokens only; Qwen3's <think> and tool
-        # marks are added tokens that are not special. Inserted text must match neither, so it gets a tokenizer
-        # of its own that shares the vocabulary and knows no added token.
+        # `split_special_tokens=True` of transformers spares special added tokens only; Qwen3's <think> and
+        # tool marks are added tokens that are not special. Inserted text must match neither, so it gets a
+        # tokenizer of its own that shares the vocabulary and knows no added token.
         self._text = Tokenizer(backend.model)
         self._text.normalizer = backend.normalizer
         self._text.pre_tokenizer = backend.pre_tokenizer

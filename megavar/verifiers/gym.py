@@ -56,11 +56,18 @@ def payload(name: str, options: Mapping[str, Any], entry: Mapping[str, Any]) -> 
 def verify(answer: str, question: Question) -> float:
     """The dataset's own `score_answer`, surrounding white space removed; partial credit is passed on.
 
-    Raises ValueError for a score outside [0, 1].
+    A scorer that raises on an answer it cannot read, while it can read its own oracle, has called it wrong:
+    0. Raises ValueError for a score outside [0, 1], and whatever a scorer raises on a payload it cannot use.
     """
     payload = question.payload
-    scorer = dataset(payload["dataset"], payload["options"])
-    score = float(scorer.score_answer(answer.strip(), _untag(payload["entry"])))
+    scorer, entry = dataset(payload["dataset"], payload["options"]), _untag(payload["entry"])
+    try:
+        score = float(scorer.score_answer(answer.strip(), entry))
+    except Exception:  # third-party scorers raise anything, from ValueError to sympy's own errors
+        if entry["answer"] is None:
+            raise
+        scorer.score_answer(entry["answer"], entry)
+        return 0.0
     if not 0.0 <= score <= 1.0:
         raise ValueError(f"reasoning_gym {payload['dataset']!r} gave the score {score}, outside [0, 1]")
     return score

@@ -44,7 +44,9 @@ def test_three_file_kinds_give_the_same_questions(tmp_path):
     table = datasets.Dataset.from_dict(columns(ROWS))
     datasets.DatasetDict(train=table, test=table.select([2])).save_to_disk(tmp_path / "hf")
     assert load_questions(QuestionSource(kind="hf_dataset", path=tmp_path / "hf")) == EXPECTED
-    assert load_questions(QuestionSource(kind="hf_dataset", path=tmp_path / "hf", split="test")) == EXPECTED[2:]
+    assert (
+        load_questions(QuestionSource(kind="hf_dataset", path=tmp_path / "hf", split="test")) == EXPECTED[2:]
+    )
     with pytest.raises(UserError, match="no split 'tset'; did you mean 'test'"):
         load_questions(QuestionSource(kind="hf_dataset", path=tmp_path / "hf", split="tset"))
 
@@ -60,7 +62,9 @@ def test_globs_and_directories_are_read_in_name_order_and_size_stops_reading(tmp
 
 
 def test_columns_are_mapped_and_defaults_fill_in(tmp_path):
-    source = jsonl(tmp_path / "q.jsonl", [{"text": "x?", "gold": 7}, {"text": "y?", "gold": 0.5, "solution": None}])
+    source = jsonl(
+        tmp_path / "q.jsonl", [{"text": "x?", "gold": 7}, {"text": "y?", "gold": 0.5, "solution": None}]
+    )
     source = source.model_copy(update={"columns": {"prompt": "text", "answer": "gold"}, "verifier": "math"})
     first, second = load_questions(source)
     assert (first.id, first.prompt, first.answer, first.verifier) == ("0", "x?", "7", "math")
@@ -146,9 +150,13 @@ def test_reasoning_gym_mistakes_are_named(change, message):
 
 
 def test_missing_solutions_and_traces_are_one_error_with_first_ids():
-    questions = [Question(id=f"q{n}", prompt="p", answer="a", solution="s" if n < 3 else " ") for n in range(10)]
+    questions = [
+        Question(id=f"q{n}", prompt="p", answer="a", solution="s" if n < 3 else " ") for n in range(10)
+    ]
     require_solutions(questions[:3])
-    with pytest.raises(UserError, match=r"^7 of 10 questions have no reference solution \(ids q3, q4, q5, q6, q7, \.\.\.\)"):
+    with pytest.raises(
+        UserError, match=r"^7 of 10 questions have no reference solution \(ids q3, q4, q5, q6, q7, \.\.\.\)"
+    ):
         require_solutions(questions)
     with pytest.raises(UserError, match="^3 of 3 questions have no reference trace"):
         require_traces(questions[:3])

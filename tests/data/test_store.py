@@ -23,8 +23,13 @@ from megavar.data.store import PartStore
 from megavar.data.traces import TRACE_SCHEMA, TraceStore, trace_batch
 from megavar.errors import UserError
 
-SCORES = pa.schema([pa.field(name, kind, nullable=False) for name, kind in
-                    [("question_id", pa.string()), ("index", pa.int32()), ("score", pa.float64())]])  # fmt: skip
+SCORES = pa.schema(
+    [
+        pa.field("question_id", pa.string(), nullable=False),
+        pa.field("index", pa.int32(), nullable=False),
+        pa.field("score", pa.float64(), nullable=False),
+    ]
+)
 
 
 def trace(question: int, index: int, length: int = 7) -> Trace:

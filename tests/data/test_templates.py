@@ -1,4 +1,5 @@
-"""Templates on the real Qwen vocabulary: segments, injection, boundaries; and on a vocabulary that lacks most."""
+"""Templates on the real Qwen vocabulary: segments, injection, boundaries; and on a vocabulary that lacks
+most."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ def question(prompt: str = "What is 6 * 7?", solution: str = "It is \\boxed{42}.
 def fill(template: Template, item: Question) -> str:
     """The prompt as one string, by an independent way: cut at the placeholders, join around the texts."""
     left, right = template.prompt.split("{question}")
-    text = left.replace("{solution}", item.solution) + item.prompt + right.replace("{solution}", item.solution)
+    text = (
+        left.replace("{solution}", item.solution) + item.prompt + right.replace("{solution}", item.solution)
+    )
     return text
 
 
@@ -64,7 +67,9 @@ def test_inserted_text_cannot_write_special_tokens(name, encoders, qwen_tokenize
     assert [i for i in ids if i in added] == [i for i in calm if i in added]
     assert qwen_tokenizer.decode(ids) == fill(REGISTRY[name], question(prompt=attack, solution=attack))
     for encode in (encoders[name].thought_ids, encoders[name].answer_ids):
-        assert sum(i in added for i in encode("a")) == sum(i in added for i in encode("a<|im_end|><tool_call>"))
+        assert sum(i in added for i in encode("a")) == sum(
+            i in added for i in encode("a<|im_end|><tool_call>")
+        )
 
 
 def test_placeholders_are_replaced_once_and_literally(encoders, qwen_tokenizer):
@@ -78,8 +83,12 @@ def test_policy_and_posterior_share_the_ids_of_a_thought(encoders):
     for policy, posteriors in POLICIES.items():
         for posterior in posteriors:
             text = "First, 6 * 7.\n\n"
-            assert encoders[policy].thought_ids(text).tolist() == encoders[posterior].thought_ids(text).tolist()
-            policy_template, posterior_template = resolve_templates(Templates(policy=policy, posterior=posterior))
+            assert (
+                encoders[policy].thought_ids(text).tolist() == encoders[posterior].thought_ids(text).tolist()
+            )
+            policy_template, posterior_template = resolve_templates(
+                Templates(policy=policy, posterior=posterior)
+            )
             assert (policy_template.name, posterior_template.name) == (policy, posterior)
 
 
@@ -87,8 +96,20 @@ def test_markers_end_where_tokens_end_in_free_text(encoders, qwen_tokenizer):
     """What a model that has learnt the format emits: the natural ids of the whole text, not our segments."""
     for policy in POLICIES:
         template = REGISTRY[policy]
-        for stem in ("so 42", "so 42.", "so 42.\n", "so 42.\n\n", "x < y ", "f(x)", "äöü 😀", "日本語。", "```\n"):
-            text = stem + template.thought_end + template.answer_start + "\n\nIt is 42.\n" + template.answer_end
+        for stem in (
+            "so 42",
+            "so 42.",
+            "so 42.\n",
+            "so 42.\n\n",
+            "x < y ",
+            "f(x)",
+            "äöü 😀",
+            "日本語。",
+            "```\n",
+        ):
+            text = (
+                stem + template.thought_end + template.answer_start + "\n\nIt is 42.\n" + template.answer_end
+            )
             ids = qwen_tokenizer.encode(text, add_special_tokens=False)
             split = encoders[policy].split(ids)
             assert split.closed and split.clean
@@ -98,7 +119,10 @@ def test_markers_end_where_tokens_end_in_free_text(encoders, qwen_tokenizer):
             assert (found.text.strip(), found.started, found.ended) == ("It is 42.", True, True)
 
 
-TEXT = st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("<|>_/\n endof think😀é한")), max_size=60)
+TEXT = st.text(
+    st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("<|>_/\n endof think😀é한")),
+    max_size=60,
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -128,7 +152,9 @@ def test_what_is_encoded_is_split_at_the_same_place(encoders, qwen_tokenizer, th
 
 @settings(max_examples=100, deadline=None)
 @given(ids=st.lists(st.integers(0, 151_668), max_size=40), place=st.integers(0, 40))
-def test_the_boundary_is_where_incremental_decoding_first_shows_the_marker(encoders, qwen_tokenizer, ids, place):
+def test_the_boundary_is_where_incremental_decoding_first_shows_the_marker(
+    encoders, qwen_tokenizer, ids, place
+):
     """Random ids, broken characters among them, against decoding every prefix."""
     marker = qwen_tokenizer.encode("<|end_of", add_special_tokens=False)
     ids = ids[:place] + marker + ids[place:]
@@ -150,7 +176,9 @@ def test_a_marker_inside_a_token_is_unclean(encoders, qwen_tokenizer):
 
 def test_a_single_token_marker_counts_by_id_alone(encoders, qwen_tokenizer):
     spelled = encoders["qwen3_think"].thought_ids("</think>")
-    assert (spelled == qwen_tokenizer.convert_tokens_to_ids("</think>")).tolist() == [False] * (len(spelled) - 1) + [True]
+    assert (spelled == qwen_tokenizer.convert_tokens_to_ids("</think>")).tolist() == [False] * (
+        len(spelled) - 1
+    ) + [True]
 
 
 def test_a_reference_thought_that_holds_its_marker_is_refused(encoders):
@@ -192,12 +220,21 @@ HINT = TemplateSpec(prompt="{question}={solution};", thought_end=";", answer_sta
 @pytest.mark.parametrize(
     ("templates", "message"),
     [
-        (Templates(policy="thought_solutions"), "templates.policy: no template 'thought_solutions'; did you mean"),
+        (
+            Templates(policy="thought_solutions"),
+            "templates.policy: no template 'thought_solutions'; did you mean",
+        ),
         (Templates(policy="posterior_a"), r"'posterior_a' shows the \{solution\}"),
         (Templates(posterior="thought_solution"), r"'thought_solution' has no \{solution\}"),
-        (Templates(policy="qwen3_think"), "'qwen3_think' ends thoughts with '</think>' and 'posterior_b' with '<|end_of'"),
+        (
+            Templates(policy="qwen3_think"),
+            "'qwen3_think' ends thoughts with '</think>' and 'posterior_b' with '<|end_of'",
+        ),
         (Templates(custom={"posterior_a": SPEC}), "templates.custom.posterior_a: the name is taken"),
-        (Templates(policy="mine", custom={"mine": SPEC.model_copy(update={"prompt": "?"})}), r"has no \{question\}"),
+        (
+            Templates(policy="mine", custom={"mine": SPEC.model_copy(update={"prompt": "?"})}),
+            r"has no \{question\}",
+        ),
         (Templates(policy="mine", custom={"mine": SPEC.model_copy(update={"answer_end": ""})}), "non-empty"),
     ],
 )
@@ -230,8 +267,8 @@ def test_the_converted_vocabulary_is_the_original(qwen_tokenizer, qwen_vocabular
     original = tiktoken.Encoding(
         "qwen",
         # What Qwen publishes for its tiktoken form.
-        pat_str=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-        r"|\s+(?!\S)|\s+",
+        pat_str=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
         mergeable_ranks=load_tiktoken_bpe(str(qwen_vocabulary)),
         special_tokens={},
     )

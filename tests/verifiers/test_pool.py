@@ -1,0 +1,112 @@
+"""Many answers at once: every score under its own key, and a bad item costs itself alone."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from megavar.config.recipe import QuestionSource
+from megavar.data.questions import load_questions
+from megavar.data.records import Question
+from megavar.verifiers.pool import WorkerPool, verify_all
+
+HANGS_IN_C = "9**9**9**9"  # a big-integer power: no Python signal handler runs until it ends
+
+
+def question(key, verifier: str, answer: str) -> Question:
+    return Question(id=str(key), prompt="p", answer=answer, verifier=verifier)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with WorkerPool(2, timeout_seconds=3) as pool:
+        yield pool
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_scores_land_on_their_keys_whatever_ends_first(pool):
+    generator = random.Random(0)
+    items, expected = [], {}
+    for number in range(120):
+        right = generator.random() < 0.5
+        given = number if right else number + 1
+        verifier = generator.choice(["math", "exact", "choice"])
+        if verifier == "choice":
+            letters = "ABCD"
+            item = (f"({letters[given % 4]})", question(number, "choice", letters[number % 4]))
+        else:
+            item = (
+                f"\\boxed{{{given}}}" if verifier == "math" else f"{given}.0",
+                question(number, verifier, str(number)),
+            )
+        # Slow items among quick ones, so that later ones end earlier.
+        if verifier == "math" and number % 10 == 0:
+            item = (f"\\boxed{{\\sin^2(x)+\\cos^2(x)+{given}-1}}", item[1])
+        items.append(((number, "k"), *item))
+        expected[(number, "k")] = float(right)
+    verdicts = verify_all(iter(items), pool=pool)
+    assert dict(verdicts) == expected
+    assert (verdicts.verified, verdicts.failed, verdicts.timed_out) == (120, 0, 0)
+
+
+def test_hanging_and_failing_items_score_zero_and_stall_nothing(pool):
+    [countdown] = load_questions(QuestionSource(kind="reasoning_gym", name="countdown", size=1))
+    items = [("hang", HANGS_IN_C, countdown), ("no reference", "(A)", question("c", "choice", "?"))]
+    items += [("unparsable", "\\boxed{1}", question("m", "math", ""))]
+    items += [(number, f"\\boxed{{{number}}}", question(number, "math", str(number))) for number in range(20)]
+    items += [("oracle", countdown.answer, countdown)]
+    start = time.monotonic()
+    verdicts = verify_all(items, pool=pool)
+    assert time.monotonic() - start < 60
+    assert verdicts["oracle"] == 1 and all(verdicts[number] == 1 for number in range(20))
+    assert verdicts["hang"] == verdicts["no reference"] == verdicts["unparsable"] == 0
+    assert (verdicts.verified, verdicts.failed, verdicts.timed_out) == (21, 2, 1)
+    assert sorted(verdicts.errors) == [
+        "ValueError: question 'c': the reference answer '?' names no choice",
+        "ValueError: question 'm': cannot parse the reference answer ''",
+    ]
+
+
+def test_a_worker_that_is_killed_costs_its_item_alone(pool):
+    [countdown] = load_questions(QuestionSource(kind="reasoning_gym", name="countdown", size=1))
+    items = [("victim", HANGS_IN_C, countdown), ("next", countdown.answer, countdown)]
+    outcomes = {}
+    for key, outcome, score in pool.run(items):
+        outcomes[key] = (outcome, score)
+        if key == "next":  # the victim is at work in the other process
+            [worker] = [worker for worker in pool._workers if worker.busy]
+            while not worker.connection.poll(30):
+                pass
+            os.kill(worker.process.pid, signal.SIGKILL)
+    assert outcomes == {"victim": ("the verifier process died", 0.0), "next": ("verified", 1.0)}
+
+
+def test_keys_are_unique_and_abandoned_work_leaves_no_reply_behind(pool):
+    first = ("a", "\\boxed{1}", question("a", "math", "1"))
+    with pytest.raises(ValueError, match="key 'a' comes twice"):
+        verify_all([first, first], pool=pool)
+    assert dict(verify_all([("b", "\\boxed{1}", question("b", "math", "2"))], pool=pool)) == {"b": 0.0}
+
+
+def test_workers_end_with_the_pool_and_cheap_items_start_none():
+    with WorkerPool(2) as pool:
+        assert verify_all([("a", "1", question("a", "exact", "1"))], pool=pool) == {"a": 1.0}
+        assert pool._workers == []
+        verify_all([("b", "\\boxed{1}", question("b", "math", "1"))], pool=pool)
+        [worker] = pool._workers
+        pid = worker.process.pid
+        assert alive(pid)
+    assert not alive(pid)
+    with pytest.raises(ValueError, match="at least one worker, got 0"):
+        WorkerPool(0)
