@@ -53,7 +53,7 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """What linear_logprob_triton and trace_weights_triton launch, for every dtype they accept."""
+    """What linear_logprob_triton and trace_weights_triton launch: all of it on sm_90, bf16 on the others."""
     f32, i32 = "*fp32", "*i32"
     tokens = dict.fromkeys(("lse_ptr", "entropy_ptr", "grad_logprob_ptr", "grad_entropy_ptr"), f32)
     tokens["target_ptr"] = i32
@@ -71,6 +71,7 @@ def cases() -> Iterator[Case]:
                 **({} if keep else {"kept_ptr": None, "kept_max_ptr": None}),
             },
             warps=launch.STATISTICS_WARPS,
+            archs=(90,) if keep == "fp32" else (80, 90, 100),
             divisible=("z_ptr", "kept_ptr", "stride_z", "stride_kept"),
         )
     for kept, dtype in (
@@ -97,6 +98,7 @@ def cases() -> Iterator[Case]:
                     **({} if entropy else {"grad_entropy_ptr": None}),
                 },
                 warps=8,
+                archs=(80, 90, 100) if dtype == "bf16" else (90,),
                 divisible=("z_ptr", "dz_ptr", "stride_z", "stride_dz"),
             )
     tile = launch.FUSED_TILE
@@ -138,23 +140,19 @@ def cases() -> Iterator[Case]:
         archs=options["archs"],
     )
     for index in (i32, "*i64"):
-        for accuracy in (False, True):
-            for normalize in (False, True):
-                yield Case(
-                    f"trace_weights {index[1:]} accuracy={accuracy} normalize={normalize}",
-                    traces.trace_weights_forward,
-                    {
-                        **dict.fromkeys(traces.trace_weights_forward.arg_names, f32),
-                        **{"cu_seqlens_ptr": index, "question_offsets_ptr": index, "arrived_ptr": i32},
-                        **{"questions": "i32", "steps": "i32", "temper": "fp32", "clip": "fp32"},
-                    },
-                    {
-                        **{"ACCURACY": accuracy, "NORMALIZE": normalize},
-                        **{"BLOCK": traces.BLOCK, "GROUP": traces.GROUP},
-                    },
-                    warps=4,
-                    divisible=("policy_ptr", "posterior_ptr"),
-                )
+        yield Case(
+            f"trace_weights_forward {index[1:]}",
+            traces.trace_weights_forward,
+            {
+                **dict.fromkeys(traces.trace_weights_forward.arg_names, f32),
+                **{"cu_seqlens_ptr": index, "question_offsets_ptr": index, "arrived_ptr": i32},
+                **dict.fromkeys(("questions", "steps", "accuracy", "normalize"), "i32"),
+                **{"temper": "fp32", "clip": "fp32"},
+            },
+            {"BLOCK": traces.BLOCK, "GROUP": traces.GROUP},
+            warps=4,
+            divisible=("policy_ptr", "posterior_ptr"),
+        )
         yield Case(
             f"trace_bounds_backward {index[1:]}",
             traces.trace_bounds_backward,

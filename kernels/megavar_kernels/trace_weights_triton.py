@@ -34,7 +34,7 @@ def _question_of(trace, question_offsets_ptr, questions, steps):
 
 
 @triton.jit(
-    do_not_specialize=["questions", "steps"],
+    do_not_specialize=["questions", "steps", "accuracy", "normalize"],
     do_not_specialize_on_alignment=[
         "answer_ptr", "cu_seqlens_ptr", "question_offsets_ptr", "log_ratio_ptr", "log_rho_ptr", "weights_ptr",
         "bounds_ptr", "effective_ptr", "arrived_ptr",
@@ -43,10 +43,13 @@ def _question_of(trace, question_offsets_ptr, questions, steps):
 def trace_weights_forward(
     policy_ptr, posterior_ptr, answer_ptr, cu_seqlens_ptr, question_offsets_ptr,
     log_ratio_ptr, log_rho_ptr, weights_ptr, bounds_ptr, effective_ptr, arrived_ptr,
-    questions, steps, temper, clip,
-    ACCURACY: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    questions, steps, temper, clip, accuracy, normalize,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One program per trace; the last of a question to finish computes what needs all of its traces."""
+    """One program per trace; the last of a question to finish computes what needs all of its traces.
+
+    accuracy: 1 where answers are accuracies, 0 where they are log-likelihoods; normalize: 1 or 0.
+    """
     trace = tl.program_id(0)
     start = tl.load(cu_seqlens_ptr + trace).to(tl.int64)
     stop = tl.load(cu_seqlens_ptr + trace + 1).to(tl.int64)
@@ -58,10 +61,10 @@ def trace_weights_forward(
         posterior = tl.load(posterior_ptr + at, mask=inside, other=0.0)
         sums += policy - posterior
     ratio = tl.sum(sums, 0)
-    if NORMALIZE:
+    if normalize:
         ratio = ratio / tl.maximum(stop - start, 1).to(tl.float32)
     answer = tl.load(answer_ptr + trace)
-    if ACCURACY:
+    if accuracy:
         answer = tl.where(answer > 0, tl.log(tl.where(answer > 0, answer, 1.0)), float("-inf"))
     tempered = tl.where(temper == 0, 0.0, temper * ratio)
     tl.store(log_ratio_ptr + trace, ratio)
@@ -139,8 +142,8 @@ def forward(
             policy, posterior, log_likelihood if accuracy is None else accuracy, cu_seqlens, question_offsets,
             log_ratio, log_rho, weights, bounds, zeros[0], zeros[1].view(torch.int32),
             questions, questions.bit_length(), ratio.temper, ratio.clip,
-            ACCURACY=accuracy is not None, NORMALIZE=ratio.length_normalize, BLOCK=BLOCK, GROUP=GROUP,
-            num_warps=4, enable_fp_fusion=True,
+            int(accuracy is not None), int(ratio.length_normalize),
+            BLOCK=BLOCK, GROUP=GROUP, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return log_ratio, log_rho, weights, bounds, zeros[0]
 

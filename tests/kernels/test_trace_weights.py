@@ -144,11 +144,9 @@ def test_score_weights_give_the_gradient_of_the_bound_in_the_posterior():
     exact = torch.autograd.grad((probability * rho[pairs].mean(1).log()).sum(), logits, retain_graph=True)[0]
 
     flat = pairs.flatten()
-    offsets = torch.arange(0, len(flat) + 1, 2)
-    result = trace_weights(
-        torch.zeros(len(flat), dtype=torch.float64), log_q.detach()[flat], torch.arange(len(flat) + 1), offsets,
-        log_likelihood=log_joint[flat],
-    )  # fmt: skip
+    cu_seqlens, offsets = torch.arange(len(flat) + 1), torch.arange(0, len(flat) + 1, 2)
+    policy = torch.zeros(len(flat), dtype=torch.float64)
+    result = trace_weights(policy, log_q.detach()[flat], cu_seqlens, offsets, log_likelihood=log_joint[flat])
     coefficients = posterior_score_weights(result, offsets) * probability.detach().repeat_interleave(2)
     surrogate = torch.autograd.grad((coefficients * log_q[flat]).sum(), logits)[0]
     torch.testing.assert_close(surrogate, exact, atol=1e-12, rtol=1e-10)
@@ -165,6 +163,10 @@ def test_bounds_rise_in_expectation_and_groups_without_mass_are_empty():
     same = trace_weights(posterior, posterior, cu_seqlens, offsets, accuracy=accuracy + 0.5)
     assert same.effective_sample_size.tolist() == [3.0, 0.0, 2.0, 2.0]
     torch.testing.assert_close(same.bounds, torch.full_like(same.bounds, math.log(0.5)))
+
+
+INT32 = torch.tensor([0, 2], dtype=torch.int32)
+EMPTY = torch.tensor([], dtype=torch.int64)
 
 
 def _arguments(**change):
@@ -184,7 +186,7 @@ def _arguments(**change):
         (TypeError, "policy_logprob: expected dtype", {"policy_logprob": torch.zeros(4).bfloat16()}),
         (TypeError, "posterior_logprob: expected dtype", {"posterior_logprob": torch.zeros(4).double()}),
         (TypeError, "cu_seqlens: expected dtype", {"cu_seqlens": torch.zeros(3)}),
-        (TypeError, "question_offsets: expected dtype int64", {"question_offsets": torch.tensor([0, 2]).int()}),
+        (TypeError, "question_offsets: expected dtype int64", {"question_offsets": INT32}),
         (ValueError, "posterior_logprob: expected shape", {"posterior_logprob": torch.zeros(3)}),
         (ValueError, "posterior_logprob: must be contiguous", {"posterior_logprob": torch.zeros(8)[::2]}),
         (ValueError, "accuracy: expected shape", {"accuracy": torch.ones(3)}),
@@ -194,7 +196,7 @@ def _arguments(**change):
         (ValueError, "log_likelihood, accuracy: exactly one", {"accuracy": None}),
         (ValueError, "cu_seqlens: must ascend from 0 to 4", {"cu_seqlens": torch.tensor([0, 5, 4])}),
         (ValueError, "question_offsets: must ascend from 0 to 2", {"question_offsets": torch.tensor([0, 1])}),
-        (ValueError, "question_offsets: needs at least", {"question_offsets": torch.tensor([], dtype=torch.int64)}),
+        (ValueError, "question_offsets: needs at least", {"question_offsets": EMPTY}),
         (ValueError, "temper:", {"temper": -1.0}),
         (ValueError, "clip:", {"clip": 0.0}),
     ],
