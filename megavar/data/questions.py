@@ -7,7 +7,6 @@ that names the file, the row, the field and, where there is one, the column that
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import glob
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -16,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megavar import verifiers
+from megavar.data.gym_questions import generate
 from megavar.data.records import Question
+from megavar.data.suggest import did_you_mean
 from megavar.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,13 +27,6 @@ FIELDS = tuple(field.name for field in dataclasses.fields(Question))
 REQUIRED = ("prompt", "answer")
 Row = tuple[str, Mapping[str, Any], Collection[str]]
 """Where the row stands (for errors), its values, and every column name its table has."""
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: the nearest known one, or all of them."""
-    known = sorted(known)
-    nearest = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known) or 'none'}"
 
 
 def load_questions(source: QuestionSource) -> list[Question]:
@@ -50,7 +44,10 @@ def load_questions(source: QuestionSource) -> list[Question]:
         if field not in FIELDS:
             raise UserError(f"columns: {field!r} is not a question field; {did_you_mean(field, FIELDS)}")
     if source.kind == "reasoning_gym":
-        return _reasoning_gym(source)
+        if source.verifier not in ("", "reasoning_gym"):
+            raise UserError(f"reasoning_gym grades by its own scorer; remove verifier={source.verifier!r}")
+        assert source.size is not None, "the recipe checks that a reasoning_gym source has a size"
+        return generate(source.name, source.options, size=source.size, seed=source.seed)
     rows = {"jsonl": _jsonl, "parquet": _parquet, "hf_dataset": _hf_dataset}[source.kind](source)
     questions: list[Question] = []
     seen: dict[str, str] = {}
@@ -226,44 +223,3 @@ def _hf_dataset(source: QuestionSource) -> Iterator[Row]:
 
 def _wanted(source: QuestionSource) -> list[str]:
     return list(dict.fromkeys(source.columns.get(field, field) for field in FIELDS))
-
-
-def _reasoning_gym(source: QuestionSource) -> list[Question]:
-    from megavar.verifiers import gym
-
-    if source.verifier not in ("", "reasoning_gym"):
-        raise UserError(f"reasoning_gym grades with its own scorer; remove verifier = {source.verifier!r}")
-    taken = {"seed", "size"} & source.options.keys()
-    if taken:
-        raise UserError(f"reasoning_gym options: set {sorted(taken)[0]!r} beside `options`, not in it")
-    options = {**source.options, "seed": source.seed, "size": source.size}
-    if source.name not in gym.dataset_names():
-        raise UserError(
-            f"reasoning_gym has no dataset {source.name!r}; {did_you_mean(source.name, gym.dataset_names())}"
-        )
-    known = gym.option_names(source.name)
-    for option in source.options:
-        if option not in known:
-            raise UserError(
-                f"reasoning_gym {source.name!r} has no option {option!r}; {did_you_mean(option, known)}"
-            )
-    try:
-        dataset = gym.dataset(source.name, options)
-    except (AssertionError, ValueError, TypeError) as error:
-        raise UserError(f"reasoning_gym {source.name!r} refuses options {source.options}: {error}") from error
-    questions = []
-    for index in range(source.size or 0):
-        entry = dataset[index]
-        answer = "" if entry["answer"] is None else str(entry["answer"])
-        questions.append(
-            Question(
-                id=f"{source.name}/{source.seed}/{index}",
-                prompt=entry["question"],
-                answer=answer,
-                solution=answer,
-                verifier="reasoning_gym",
-                payload=gym.payload(source.name, options, entry),
-                source=source.name,
-            )
-        )
-    return questions

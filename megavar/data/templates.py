@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megavar.data.questions import did_you_mean
 from megavar.data.records import Question
+from megavar.data.suggest import did_you_mean
 from megavar.data.tokens import TokenCodec
 from megavar.errors import UserError
 

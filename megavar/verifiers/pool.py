@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from megavar.data.records import Question
-from megavar.verifiers import ISOLATED, load_verifier
+from megavar.verifiers.registry import ISOLATED, load_verifier
 
 log = logging.getLogger(__name__)
 
@@ -31,22 +31,23 @@ MEMORY_BYTES = 4 << 30
 """Address space of one worker: an answer such as 9^(9^9) must not take the machine with it."""
 
 
-class Verdicts(dict[Hashable, float]):
-    """Key -> score in [0, 1], with counts for the metrics."""
+@dataclass(slots=True)
+class Verdicts:
+    """Scores by key, with counts for the metrics."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.verified = 0
-        """Items whose verifier came to a score."""
-        self.failed = 0
-        """Items whose verifier raised or died; they score 0."""
-        self.timed_out = 0
-        """Items stopped at the time limit; they score 0."""
-        self.errors: Counter[str] = Counter()
-        """Messages of the failed, with how often each came."""
+    scores: dict[Hashable, float] = field(default_factory=dict)
+    """Key -> score in [0, 1]."""
+    verified: int = 0
+    """Items whose verifier came to a score."""
+    failed: int = 0
+    """Items whose verifier raised or died; they score 0."""
+    timed_out: int = 0
+    """Items stopped at the time limit; they score 0."""
+    errors: Counter[str] = field(default_factory=Counter)
+    """Messages of the failed, with how often each came."""
 
     def add(self, key: Hashable, outcome: str, score: float) -> None:
-        self[key] = score
+        self.scores[key] = score
         if outcome == "verified":
             self.verified += 1
         elif outcome == "timed_out":
@@ -99,7 +100,7 @@ def verify_all(
         log.warning(
             "%d of %d answers could not be verified and %d ran out of time; all score 0. First errors: %s",
             verdicts.failed,
-            len(verdicts),
+            len(verdicts.scores),
             verdicts.timed_out,
             verdicts.errors.most_common(3),
         )

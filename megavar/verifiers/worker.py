@@ -14,7 +14,7 @@ import signal
 import sys
 from multiprocessing.connection import Connection
 
-from megavar.verifiers import load_verifier
+from megavar.verifiers.registry import load_verifier
 
 
 def main(connection: Connection, cpu_seconds: float) -> None:

@@ -130,7 +130,15 @@ def test_reasoning_gym_is_reproducible_and_carries_its_oracle():
     expression = questions[0].prompt.split(":")[-1].rstrip(" =")
     assert eval(expression) == int(questions[0].answer) == int(questions[0].solution)
     assert questions != load_questions(source.model_copy(update={"seed": 4}))
+    assert load_questions(source.model_copy(update={"size": 2}))[1].prompt == questions[1].prompt
     assert json.loads(json.dumps(dict(questions[0].payload))) == questions[0].payload
+
+
+@pytest.mark.parametrize("name", ["word_ladder", "list_functions"])
+def test_generators_that_depend_on_the_process_are_pinned(name):
+    """The first walks over sets of strings, the second draws from the global random state."""
+    source = QuestionSource(kind="reasoning_gym", name=name, size=4, seed=1)
+    assert load_questions(source) == load_questions(source)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +148,7 @@ def test_reasoning_gym_is_reproducible_and_carries_its_oracle():
         ({"options": {"min_term": 2}}, "no option 'min_term'; did you mean 'min_terms'"),
         ({"options": {"min_terms": 9, "max_terms": 2}}, "refuses options .*max_terms must be >= min_terms"),
         ({"options": {"seed": 2}}, "set 'seed' beside `options`"),
-        ({"verifier": "exact"}, "grades with its own scorer"),
+        ({"verifier": "exact"}, "grades by its own scorer"),
     ],
 )
 def test_reasoning_gym_mistakes_are_named(change, message):

@@ -27,6 +27,12 @@ def pool():
         yield pool
 
 
+@pytest.fixture(scope="module")
+def countdown() -> Question:
+    [question] = load_questions(QuestionSource(kind="reasoning_gym", name="countdown", size=1))
+    return question
+
+
 def alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -56,12 +62,11 @@ def test_scores_land_on_their_keys_whatever_ends_first(pool):
         items.append(((number, "k"), *item))
         expected[(number, "k")] = float(right)
     verdicts = verify_all(iter(items), pool=pool)
-    assert dict(verdicts) == expected
+    assert verdicts.scores == expected
     assert (verdicts.verified, verdicts.failed, verdicts.timed_out) == (120, 0, 0)
 
 
-def test_hanging_and_failing_items_score_zero_and_stall_nothing(pool):
-    [countdown] = load_questions(QuestionSource(kind="reasoning_gym", name="countdown", size=1))
+def test_hanging_and_failing_items_score_zero_and_stall_nothing(pool, countdown):
     items = [("hang", HANGS_IN_C, countdown), ("no reference", "(A)", question("c", "choice", "?"))]
     items += [("unparsable", "\\boxed{1}", question("m", "math", ""))]
     items += [(number, f"\\boxed{{{number}}}", question(number, "math", str(number))) for number in range(20)]
@@ -69,8 +74,8 @@ def test_hanging_and_failing_items_score_zero_and_stall_nothing(pool):
     start = time.monotonic()
     verdicts = verify_all(items, pool=pool)
     assert time.monotonic() - start < 60
-    assert verdicts["oracle"] == 1 and all(verdicts[number] == 1 for number in range(20))
-    assert verdicts["hang"] == verdicts["no reference"] == verdicts["unparsable"] == 0
+    assert verdicts.scores["oracle"] == 1 and all(verdicts.scores[number] == 1 for number in range(20))
+    assert [verdicts.scores[key] for key in ("hang", "no reference", "unparsable")] == [0, 0, 0]
     assert (verdicts.verified, verdicts.failed, verdicts.timed_out) == (21, 2, 1)
     assert sorted(verdicts.errors) == [
         "ValueError: question 'c': the reference answer '?' names no choice",
@@ -78,15 +83,14 @@ def test_hanging_and_failing_items_score_zero_and_stall_nothing(pool):
     ]
 
 
-def test_a_worker_that_is_killed_costs_its_item_alone(pool):
-    [countdown] = load_questions(QuestionSource(kind="reasoning_gym", name="countdown", size=1))
+def test_a_worker_that_is_killed_costs_its_item_alone(pool, countdown):
     items = [("victim", HANGS_IN_C, countdown), ("next", countdown.answer, countdown)]
     outcomes = {}
     for key, outcome, score in pool.run(items):
         outcomes[key] = (outcome, score)
         if key == "next":  # the victim is at work in the other process
             [worker] = [worker for worker in pool._workers if worker.busy]
-            while not worker.connection.poll(30):
+            while not (worker.started or worker.connection.poll(30)):
                 pass
             os.kill(worker.process.pid, signal.SIGKILL)
     assert outcomes == {"victim": ("the verifier process died", 0.0), "next": ("verified", 1.0)}
@@ -96,12 +100,12 @@ def test_keys_are_unique_and_abandoned_work_leaves_no_reply_behind(pool):
     first = ("a", "\\boxed{1}", question("a", "math", "1"))
     with pytest.raises(ValueError, match="key 'a' comes twice"):
         verify_all([first, first], pool=pool)
-    assert dict(verify_all([("b", "\\boxed{1}", question("b", "math", "2"))], pool=pool)) == {"b": 0.0}
+    assert verify_all([("b", "\\boxed{1}", question("b", "math", "2"))], pool=pool).scores == {"b": 0.0}
 
 
 def test_workers_end_with_the_pool_and_cheap_items_start_none():
     with WorkerPool(2) as pool:
-        assert verify_all([("a", "1", question("a", "exact", "1"))], pool=pool) == {"a": 1.0}
+        assert verify_all([("a", "1", question("a", "exact", "1"))], pool=pool).scores == {"a": 1.0}
         assert pool._workers == []
         verify_all([("b", "\\boxed{1}", question("b", "math", "1"))], pool=pool)
         [worker] = pool._workers

@@ -160,18 +160,14 @@ NEEDS_OPTIONS = {"composite": {"datasets": [{"name": "gcd", "weight": 1, "config
 @pytest.mark.parametrize("name", gym.dataset_names())
 def test_every_reasoning_gym_scorer_grades_from_a_stored_payload(name):
     """The stored entry is the dataset's own down to tuples and integer keys; an oracle scores 1."""
-    source = QuestionSource(
-        kind="reasoning_gym", name=name, size=1, seed=5, options=NEEDS_OPTIONS.get(name, {})
-    )
-    [question] = load_questions(source)
-    stored = Question(**{**{f: getattr(question, f) for f in ("id", "prompt", "answer", "verifier")},
-                         "payload": json.loads(json.dumps(question.payload))})  # fmt: skip
-    options = {**source.options, "seed": 5, "size": 1}
+    options = {**NEEDS_OPTIONS.get(name, {}), "seed": 5, "size": 1}
     dataset = gym.dataset(name, options)
     entry = dataset[0]
+    payload = json.loads(json.dumps(gym.payload(name, options, entry)))
+    stored = Question(id="q", prompt="p", answer="", verifier="reasoning_gym", payload=payload)
     assert deep_types(gym._untag(stored.payload["entry"])) == deep_types(entry)
     if entry["answer"] is not None:
-        assert is_correct(gym.verify(f"\n{question.answer}\n", stored))
+        assert is_correct(gym.verify(f"\n{entry['answer']}\n", stored))
     wrong = gym.verify("certainly not this", stored)
     if name == "prime_factorization":  # its scorer raises on what is not a product
         with pytest.raises(ValueError):
