@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent))  # for rollout_helpers
 
 # GPT-2's byte alphabet: 0xC3 is "Ã", 0xA9 "©", space "Ġ", newline "Ċ". "é" is the two pieces "Ã", "©".
 PIECES = [*"abcdefgh0123456789+=<>/.", "Ã", "©", "Ġ", "Ċ", "</", "ab", "th", "ink", ">Ċ", "Ġa", "cd>"]

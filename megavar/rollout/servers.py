@@ -1,0 +1,122 @@
+"""Where requests go and how the weights behind them change, whoever runs the servers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from megavar.errors import UserError
+from megavar.rollout.control import EngineError, PauseMode, ServerControl, ServerInfo
+
+
+class Servers(Protocol):
+    """Where requests go, and how the weights behind them change."""
+
+    def endpoints(self) -> list[str]:
+        """URLs that take requests now; empty while servers are on their way back. Raises EngineError when
+        none will come."""
+        ...
+
+    def info(self) -> ServerInfo:
+        """Of any one server; they are alike."""
+        ...
+
+    def paused(self, mode: PauseMode) -> AbstractContextManager[None]:
+        """No server samples inside the block; requests wait, or come back unfinished with mode "abort"."""
+        ...
+
+    def update_weights(self, directory: Path, version: str, mode: PauseMode) -> None: ...
+
+    def gauges(self) -> dict[str, float]:
+        """The servers' own gauges, summed."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def check_weights(directory: Path) -> Path:
+    """Absolute path of a directory that an engine can load. Raises UserError for any other."""
+    directory = Path(directory).absolute()
+    if not (directory / "config.json").is_file() or not any(directory.glob("*.safetensors")):
+        raise UserError(f"{directory}: not a Hugging Face directory with config.json and safetensors")
+    return directory
+
+
+def update_all(
+    controls: Sequence[ServerControl], directory: Path, version: str, mode: PauseMode
+) -> dict[str, EngineError]:
+    """Pause, load, resume, each step on all servers at once. Returns what failed, by URL."""
+    failures: dict[str, EngineError] = {}
+
+    def attempt(step: Callable[[ServerControl], None], control: ServerControl) -> None:
+        try:
+            step(control)
+        except EngineError as error:
+            failures.setdefault(control.url, error)
+
+    # In place, running requests keep their cache, and SGLang refuses to flush under them.
+    steps = (
+        lambda control: control.pause(mode),
+        lambda control: control.update_from_disk(directory, version, flush_cache=mode != "in_place"),
+        lambda control: control.resume(),
+    )
+    with ThreadPoolExecutor(max(1, len(controls))) as pool:
+        for step in steps:
+            list(pool.map(lambda control, step=step: attempt(step, control), controls))
+    return failures
+
+
+class ExternalServers:
+    """Servers that run elsewhere, by URL. Their life is not ours; their weights are."""
+
+    def __init__(self, urls: Sequence[str], *, router: str | None = None) -> None:
+        """router: URL that requests go through; control calls go to each server. Raises UserError when a
+        server does not answer."""
+        if not urls:
+            raise UserError("no server URLs were given")
+        self._controls = [ServerControl(url) for url in urls]
+        self._router = router
+        for control in self._controls:
+            if not control.answers(timeout_s=10.0):
+                raise UserError(f"no SGLang server answers at {control.url}; is it up, and the URL right?")
+
+    def endpoints(self) -> list[str]:
+        return [self._router] if self._router else [control.url for control in self._controls]
+
+    def info(self) -> ServerInfo:
+        return self._controls[0].info()
+
+    @contextmanager
+    def paused(self, mode: PauseMode) -> Iterator[None]:
+        for control in self._controls:
+            control.pause(mode)
+        try:
+            yield
+        finally:
+            for control in self._controls:
+                control.resume()
+
+    def update_weights(self, directory: Path, version: str, mode: PauseMode) -> None:
+        """Raises EngineError when any server failed: the servers may then hold different weights."""
+        failures = update_all(self._controls, Path(directory).absolute(), version, mode)
+        if failures:
+            raise EngineError("; ".join(str(error) for error in failures.values()))
+
+    def gauges(self) -> dict[str, float]:
+        return summed_gauges(self._controls)
+
+    def close(self) -> None:
+        for control in self._controls:
+            control.close()
+
+
+def summed_gauges(controls: Sequence[ServerControl]) -> dict[str, float]:
+    """The gauges of all servers, added up by name."""
+    total: dict[str, float] = {}
+    for control in controls:
+        for name, value in control.gauges().items():
+            total[name] = total.get(name, 0.0) + value
+    return total
