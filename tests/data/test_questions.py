@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megavar.config.recipe import QuestionSource
+from megavar.data.gym_questions import _questions
 from megavar.data.questions import load_questions, require_solutions, require_traces
 from megavar.data.records import Question
 from megavar.errors import UserError
@@ -122,16 +123,18 @@ def test_bad_files_are_named(tmp_path):
         load_questions(QuestionSource(kind="jsonl", path=tmp_path / "x", columns={"promt": "p"}))
 
 
-def test_reasoning_gym_is_reproducible_and_carries_its_oracle():
+def test_reasoning_gym_carries_its_oracle():
     source = QuestionSource(kind="reasoning_gym", name="chain_sum", size=5, seed=3, options={"min_terms": 3})
     questions = load_questions(source)
-    assert questions == load_questions(source)
     assert [question.id for question in questions] == [f"chain_sum/3/{index}" for index in range(5)]
     expression = questions[0].prompt.split(":")[-1].rstrip(" =")
     assert eval(expression) == int(questions[0].answer) == int(questions[0].solution)
-    assert questions != load_questions(source.model_copy(update={"seed": 4}))
-    assert load_questions(source.model_copy(update={"size": 2}))[1].prompt == questions[1].prompt
     assert json.loads(json.dumps(dict(questions[0].payload))) == questions[0].payload
+    # In this process: the same, a prefix of the same, and others for another seed.
+    prompts = [question.prompt for question in questions]
+    for size, seed, same in ((5, 3, True), (2, 3, True), (5, 4, False)):
+        again = [question.prompt for question in _questions("chain_sum", {"min_terms": 3}, size, seed)]
+        assert (again == prompts[:size]) == same
 
 
 @pytest.mark.parametrize("name", ["word_ladder", "list_functions"])
@@ -142,19 +145,25 @@ def test_generators_that_depend_on_the_process_are_pinned(name):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "options", "message"),
     [
-        ({"name": "chain_summ"}, "no dataset 'chain_summ'; did you mean 'chain_sum'"),
-        ({"options": {"min_term": 2}}, "no option 'min_term'; did you mean 'min_terms'"),
-        ({"options": {"min_terms": 9, "max_terms": 2}}, "refuses options .*max_terms must be >= min_terms"),
-        ({"options": {"seed": 2}}, "set 'seed' beside `options`"),
-        ({"verifier": "exact"}, "grades by its own scorer"),
+        ("chain_summ", {}, "no dataset 'chain_summ'; did you mean 'chain_sum'"),
+        ("chain_sum", {"min_term": 2}, "no option 'min_term'; did you mean 'min_terms'"),
+        ("chain_sum", {"min_terms": 9, "max_terms": 2}, "refuses options .*max_terms must be >= min_terms"),
+        ("chain_sum", {"seed": 2}, "set 'seed' beside `options`"),
     ],
 )
-def test_reasoning_gym_mistakes_are_named(change, message):
-    source = QuestionSource(kind="reasoning_gym", name="chain_sum", size=2)
+def test_reasoning_gym_mistakes_are_named(name, options, message):
     with pytest.raises(UserError, match=message):
-        load_questions(source.model_copy(update=change))
+        list(_questions(name, options, 2, 0))
+
+
+def test_reasoning_gym_mistakes_reach_the_caller():
+    source = QuestionSource(kind="reasoning_gym", name="chain_summ", size=2)
+    with pytest.raises(UserError, match="did you mean 'chain_sum'"):
+        load_questions(source)
+    with pytest.raises(UserError, match="grades by its own scorer"):
+        load_questions(source.model_copy(update={"verifier": "exact"}))
 
 
 def test_missing_solutions_and_traces_are_one_error_with_first_ids():

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 import time
 
 import pytest
 
-from megavar.config.recipe import QuestionSource
-from megavar.data.questions import load_questions
+from megavar.data.gym_questions import _questions
 from megavar.data.records import Question
 from megavar.verifiers.pool import WorkerPool, verify_all
 
@@ -23,14 +23,13 @@ def question(key, verifier: str, answer: str) -> Question:
 
 @pytest.fixture(scope="module")
 def pool():
-    with WorkerPool(2, timeout_seconds=3) as pool:
+    with WorkerPool(2, timeout_seconds=5) as pool:
         yield pool
 
 
 @pytest.fixture(scope="module")
 def countdown() -> Question:
-    [question] = load_questions(QuestionSource(kind="reasoning_gym", name="countdown", size=1))
-    return question
+    return next(_questions("countdown", {}, 1, 0))
 
 
 def alive(pid: int) -> bool:
@@ -83,17 +82,20 @@ def test_hanging_and_failing_items_score_zero_and_stall_nothing(pool, countdown)
     ]
 
 
-def test_a_worker_that_is_killed_costs_its_item_alone(pool, countdown):
+def test_a_worker_that_is_killed_costs_its_item_alone(countdown):
     items = [("victim", HANGS_IN_C, countdown), ("next", countdown.answer, countdown)]
-    outcomes = {}
-    for key, outcome, score in pool.run(items):
-        outcomes[key] = (outcome, score)
-        if key == "next":  # the victim is at work in the other process
-            [worker] = [worker for worker in pool._workers if worker.busy]
-            while not (worker.started or worker.connection.poll(30)):
-                pass
-            os.kill(worker.process.pid, signal.SIGKILL)
-    assert outcomes == {"victim": ("the verifier process died", 0.0), "next": ("verified", 1.0)}
+    with WorkerPool(1, timeout_seconds=100) as pool:
+
+        def kill_once_at_work() -> None:
+            while not (pool._workers and pool._workers[0].started):
+                time.sleep(0.01)
+            os.kill(pool._workers[0].process.pid, signal.SIGKILL)
+
+        killer = threading.Thread(target=kill_once_at_work)
+        killer.start()
+        outcomes = list(pool.run(items))
+        killer.join()
+    assert outcomes == [("victim", "the verifier process died", 0.0), ("next", "verified", 1.0)]
 
 
 def test_keys_are_unique_and_abandoned_work_leaves_no_reply_behind(pool):
