@@ -92,6 +92,8 @@ def linear_logprob(
         hidden, weight, target, temperature, vocab_start, group, sequence_parallel, ignore_index, vocab_size
     )
     keep_bytes = _keep_bytes(keep, hidden)
+    if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
+        keep_bytes = 0  # no backward pass will ask for them
     return _LinearLogprob.apply(hidden, weight, target, shard, keep_bytes)
 
 

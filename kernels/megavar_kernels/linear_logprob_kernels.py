@@ -17,8 +17,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # vocab_parallel.EMPTY: finite, so that 0 * (EMPTY - m) stays 0
 EMPTY = tl.constexpr(-1e30)
-# A local column no tile reaches: rows whose target belongs to another shard must match no padding column
-NOWHERE = tl.constexpr(-(1 << 30))
 
 
 @triton.jit
@@ -120,12 +118,6 @@ def _tile_at(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _local_targets(target_ptr, rows, T, col):
-    y = tl.load(target_ptr + rows, mask=rows < T, other=-1)
-    return tl.where(y >= 0, y - col, NOWHERE)
-
-
-@triton.jit
 def _store_tile_statistics(z, scale, col, y, at, T, TILES_T, inside, V, BN: tl.constexpr):
     """Statistics of the fp32 tile z [BM, BN] whose first column is col, at [4, tiles, T]."""
     offs = tl.arange(0, BN)
@@ -164,7 +156,8 @@ def fused_statistics(
         z0, z1 = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
         rows = pm * BM + tl.arange(0, BM)
         inside = rows < T
-        y = _local_targets(target_ptr, rows, T, pn * BN)
+        # another shard's target is -1 and matches no column
+        y = tl.load(target_ptr + rows, mask=inside, other=-1) - pn * BN
         at = tiles_ptr + 2 * pn.to(tl.int64) * T + rows
         _store_tile_statistics(z0, scale, pn * BN, y, at, T, tiles_t, inside, V, BN // 2)
         _store_tile_statistics(
@@ -242,7 +235,7 @@ def fused_dlogits(
             acc = tl.dot(hidden.load([pm * BM, k]), weight.load([pn * BN, k]).T, acc)
         rows = pm * BM + tl.arange(0, BM)
         inside = rows < T
-        y = _local_targets(target_ptr, rows, T, col0 + pn * BN)
+        y = tl.load(target_ptr + rows, mask=inside, other=-1) - col0 - pn * BN
         lse = tl.load(lse_ptr + rows, mask=inside, other=0.0)
         g_lp = tl.load(grad_logprob_ptr + rows, mask=inside, other=0.0)
         g_en = g_lp

@@ -1,7 +1,7 @@
 """Launchers of the linear_logprob kernels for CUDA tensors, and the table that chooses between the variants.
 
 Same functions as linear_logprob_reference. Memory beside inputs and outputs: one staging chunk of fp32 logits
-(32 MiB) or tile statistics (fused), in backward also one dlogits chunk (256 MiB) and the fp32 dX.
+(16 MiB) or tile statistics (fused), in backward also one dlogits chunk (256 MiB) and the fp32 dX.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import linear_logprob_kernels as kernels
+from .devices import on_device_of_first
 from .vocab_parallel import empty_statistics
 
-# 2048 x 4096 fp32 logits are 32 MiB: inside an H100's 50 MB of L2, and 256 GEMM tiles for 132 SMs (97 % of
-# two full waves).
+# 2048 x 2048 fp32 logits are 16 MiB, which an H100's 50 MB of L2 hold beside the chunk of the weight, and 128
+# GEMM tiles of 128 x 256 for its 132 SMs: one wave, 97 % full.
 STAGE_TOKENS = 2048
-STAGE_COLS = 4096
+STAGE_COLS = 2048
 # Target size of the dlogits of one vocabulary chunk. Every chunk reads and writes the fp32 dX once.
 DLOGITS_BYTES = 256 << 20
 # Tokens per fused forward launch: the tile statistics take 16 * 4096 * V / 128 bytes (78 MB at V=151936).
 FUSED_TOKENS = 4096
-# A row of 4096 logits beside its exponentials: 8 warps spill on sm_80.
-STATISTICS_WARPS = 16
+# A row of 2048 logits beside its exponentials: with 4 warps, sm_80's ptxas of Triton 3.6 stops at 64 registers
+# and spills.
+STATISTICS_WARPS = 2
 # Block of reduce_statistics.
 REDUCE_TOKENS, REDUCE_TILES = 32, 64
 
@@ -69,6 +71,7 @@ def uses_fused(hidden: Tensor) -> bool:
     return hidden.shape[1] < FUSED_BELOW_HIDDEN.get(torch.cuda.get_device_capability(hidden.device), 0)
 
 
+@on_device_of_first
 def statistics(
     hidden: Tensor, weight: Tensor, target: Tensor, inv_temperature: float, keep_bytes: int
 ) -> tuple[Tensor, Kept | None]:
@@ -91,6 +94,7 @@ def statistics(
     return stats, kept
 
 
+@on_device_of_first
 def gradients(
     hidden: Tensor,
     weight: Tensor,

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .devices import on_device_of_first
+
 # Tokens per step of a trace's reduction, and the width of a question's group (trace_weights.MAX_TRACES).
 BLOCK = 1024
 GROUP = 256
@@ -124,6 +126,7 @@ def trace_bounds_backward(
     tl.store(grad_log_rho_ptr + begin + offs, result, mask=inside)
 
 
+@on_device_of_first
 def forward(
     policy: Tensor,
     posterior: Tensor,
@@ -148,6 +151,7 @@ def forward(
     return log_ratio, log_rho, weights, bounds, zeros[0]
 
 
+@on_device_of_first
 def bounds_backward(grad: Tensor, log_rho: Tensor, bounds: Tensor, question_offsets: Tensor) -> Tensor:
     """`[S]` gradient of the bounds in log rho."""
     result = torch.empty_like(log_rho)
