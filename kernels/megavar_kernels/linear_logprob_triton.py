@@ -26,8 +26,8 @@ STAGE_COLS = 2048
 DLOGITS_BYTES = 256 << 20
 # Tokens per fused forward launch: the tile statistics take 16 * 4096 * V / 128 bytes (78 MB at V=151936).
 FUSED_TOKENS = 4096
-# A row of 2048 logits beside its exponentials: with 4 warps, sm_80's ptxas of Triton 3.6 stops at 64 registers
-# and spills.
+# A row of 2048 logits beside its exponentials: with 4 warps, the ptxas of Triton 3.6 stops at 64 registers on
+# sm_80 and spills.
 STATISTICS_WARPS = 2
 # Block of reduce_statistics.
 REDUCE_TOKENS, REDUCE_TILES = 32, 64
