@@ -26,7 +26,7 @@ from megavar.phases.weighing import (
     rft_training_set,
     variational_training_set,
 )
-from megavar.report.show import arms_table
+from megavar.report.show import PLAIN_WIDTH, arms_table
 from megavar.runs import Phase
 from megavar.trainer.fit import num_steps
 
@@ -37,10 +37,10 @@ def main(path: Path, *, until: str | None = None) -> None:
     try:
         rows = offline_round(run)
     except StopRun:
-        return
-    if run.groups.is_main:
+        rows = []
+    if rows and run.groups.is_main:
         write_atomically(path / "table.json", json.dumps({"rows": rows}, indent=1) + "\n")
-        Console(file=sys.stdout).print(arms_table(path / "table.json"))
+        Console(file=sys.stdout, width=PLAIN_WIDTH).print(arms_table(path / "table.json"))
     run.leave()
 
 

@@ -191,7 +191,7 @@ class Arm(Section):
     selection: Literal["weighted", "argmax", "resample"] = "weighted"
     """All K traces by weight; the best one; or one drawn by weight."""
     mix: bool = False
-    """Add the data set's own traces, one per question with weight one, as the paper's 17K setting does."""
+    """Give half of each question's mass to the data set's own trace: the mixture of the paper's 17K setting."""
     all_zero: Literal["skip", "original", "gml"] = "skip"
     """Where c is zero on every trace: skip the question, use the data set's trace, or weigh by GML."""
     answer: Literal["reference", "sampled"] = "reference"

@@ -67,7 +67,7 @@ def install() -> None:
         setattr(torch.cuda, name, value)
     torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
     torch.cuda.random.set_rng_state = torch.cuda.set_rng_state
-    torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = _nothing
+    torch.cuda.nvtx.range_push, torch.cuda.nvtx.range_pop = _no_op(), _no_op()
     torch.Tensor.cuda = torch.nn.Module.cuda = torch.Tensor.pin_memory = _itself
     torch.Tensor.type = _type_in_cuda_names
     _patch_megatron()
@@ -104,7 +104,9 @@ class _Event:
         return 0.0
 
 
-def _nothing(*_: Any, **__: Any) -> None: ...
+def _no_op() -> Any:
+    """A function of its own each time: torch._dynamo looks torch.cuda's functions up by identity."""
+    return lambda *_, **__: None
 
 
 def _itself(self: Any, *_: Any, **__: Any) -> Any:
@@ -116,11 +118,11 @@ def cuda_stand_ins() -> dict[str, Any]:
     stream = _Stream()
     return {
         "current_device": lambda: _CPU,
-        "set_device": _nothing,
+        "set_device": _no_op(),
         "device_count": lambda: 1,
         "get_device_capability": lambda *_: (0, 0),
-        "synchronize": _nothing,
-        "empty_cache": _nothing,
+        "synchronize": _no_op(),
+        "empty_cache": _no_op(),
         "current_stream": lambda *_, **__: stream,
         "default_stream": lambda *_, **__: stream,
         "stream": lambda *_, **__: contextlib.nullcontext(),
@@ -130,8 +132,8 @@ def cuda_stand_ins() -> dict[str, Any]:
         "max_memory_allocated": lambda *_, **__: 0,
         "memory_reserved": lambda *_, **__: 0,
         "max_memory_reserved": lambda *_, **__: 0,
-        "manual_seed": _seed_cpu,
-        "manual_seed_all": _seed_cpu,
+        "manual_seed": lambda seed: _seed_cpu(seed),
+        "manual_seed_all": lambda seed: _seed_cpu(seed),
         "get_rng_state": lambda *_, **__: torch.random.get_rng_state(),
         "set_rng_state": lambda state, *_, **__: torch.random.set_rng_state(state),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,19 +14,17 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
-from megavar.config.load import load_recipe
 from megavar.config.recipe import Recipe
 from megavar.data.questions import load_questions
 from megavar.data.records import Question
-from megavar.data.templates import Encoder, check_lengths, resolve_templates
-from megavar.errors import UserError
+from megavar.data.templates import Encoder, resolve_templates
 from megavar.metrics import Metrics
-from megavar.models.architecture import read_architecture
 from megavar.parallel.groups import Groups, initialize
 from megavar.progress import Progress
 from megavar.rollout.engine import SamplingParams
 from megavar.runs import Phase, RunDirectory
 from megavar.trainer.model import Settings
+from megavar.verifiers import WorkerPool
 
 
 class StopRun(Exception):
@@ -46,21 +45,21 @@ class Run:
     held_out: list[Question]
     policy: Encoder
     posterior: Encoder
+    verifiers: WorkerPool
     until: str | None
 
     @classmethod
     def enter(cls, path: Path, *, until: str | None = None) -> Run:
-        """Join the ranks of the run in `path`, load its questions and check them against the model's context.
-
-        Raises UserError for anything in the recipe that this machine or these files cannot do.
-        """
-        recipe = load_recipe(path / "recipe.toml")
+        """Join the ranks of the run in `path`, whose recipe has passed `megavar.preflight`."""
+        writer = int(os.environ.get("RANK", "0")) == 0
+        directory = RunDirectory.attach(path, writer=writer)
+        recipe = directory.recipe
         trainer = recipe.trainer
         groups = initialize(tp=trainer.tp, pp=trainer.pp, seed=trainer.seed)
         tokenizer = AutoTokenizer.from_pretrained(recipe.model.path, local_files_only=True)
         policy, posterior = (Encoder(t, tokenizer) for t in resolve_templates(recipe.templates))
-        run = cls(
-            directory=RunDirectory.attach(path, writer=groups.is_main),
+        return cls(
+            directory=directory,
             recipe=recipe,
             groups=groups,
             settings=Settings(
@@ -75,20 +74,9 @@ class Run:
             held_out=load_questions(recipe.data.eval),
             policy=policy,
             posterior=posterior,
+            verifiers=WorkerPool(trainer.threads),
             until=until,
         )
-        overlap = {q.id for q in run.train} & {q.id for q in run.held_out}
-        if overlap:
-            raise UserError(f"data.eval: {len(overlap)} questions are in data.train too, first {min(overlap)!r}")
-        check_lengths(policy, run.train, run.context_length)
-        check_lengths(posterior, run.train, run.context_length)
-        check_lengths(policy, run.held_out, run.context_length)
-        return run
-
-    @property
-    def context_length(self) -> int:
-        limit = read_architecture(self.recipe.model.path).max_positions
-        return min(limit, self.recipe.rollout.context_length or limit)
 
     def sampling(self, max_tokens: int) -> SamplingParams:
         """The recipe's sampling of traces and answers, at most `max_tokens` each."""
@@ -102,6 +90,7 @@ class Run:
 
     def leave(self) -> None:
         """Close files and process groups; every rank calls it at the end."""
+        self.verifiers.close()
         self.metrics.close()
         self.directory.close()
         dist.barrier()

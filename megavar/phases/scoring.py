@@ -12,12 +12,12 @@ from megavar.data.records import Question, Trace
 from megavar.data.store import PartStore
 from megavar.data.training_set import Example
 from megavar.data.traces import LOGPROBS
-from megavar.phases.run import Run, largest_over_ranks, total_over_ranks
+from megavar.phases.run import Run, digest_questions, largest_over_ranks, total_over_ranks
 from megavar.phases.sampling import answer_store, trace_store
 from megavar.runs import Phase
 from megavar.trainer.model import load_model
 from megavar.trainer.score import score
-from megavar.verifiers import verify_all
+from megavar.verifiers import is_correct, verify_all
 
 _KEY = [pa.field("question_id", pa.string(), nullable=False), pa.field("index", pa.int32(), nullable=False)]
 POLICY_SCORES = pa.schema(
@@ -179,19 +179,17 @@ def _verify(
     questions: list[Question],
 ) -> Phase:
     groups, by_id = run.groups, {q.id: q for q in questions}
-    with run.phase(name, config={"questions": [q.verifier for q in questions][:1]}, inputs=[answers]) as opened:
+    with run.phase(name, config={"questions": digest_questions(questions)}, inputs=[answers]) as opened:
         if opened.todo:
             store = verdict_store(opened.phase)
             parts, done = sorted(source.parts_done()), store.parts_done()
-            sums = {"answers": 0.0, "correct": 0.0, "timed_out": 0.0}
+            sums = {"failed": 0, "timed_out": 0}
             with run.progress.phase(name, len(parts), "parts", done=len(done)) as task:
                 for part in parts:
                     if part % groups.world != groups.rank or part in done:
                         continue
-                    items = [
-                        (key, run.policy.answer_text(ids).text, by_id[key[0]]) for key, ids in texts(part)
-                    ]
-                    verdicts = verify_all(items, workers=run.recipe.trainer.threads)
+                    items = [(key, run.policy.answer_text(ids).text, by_id[key[0]]) for key, ids in texts(part)]
+                    verdicts = verify_all(items, pool=run.verifiers)
                     store.write_part(
                         part,
                         (
@@ -199,11 +197,12 @@ def _verify(
                             for (q, k, n), _, _ in items
                         ),
                     )
+                    sums["failed"] += verdicts.failed
+                    sums["timed_out"] += verdicts.timed_out
                     task.advance(min(groups.world, len(parts) - task.done))
-            opened.counts = {"answers": 0}
+            totals = total_over_ranks(sums)
             if opened.phase.writer:
                 scores = store.read_table(["score"])["score"].to_numpy()
-                opened.counts = {"answers": len(scores)}
-                opened.metrics["eval/mean_score"] = float(scores.mean()) if len(scores) else 0.0
-            del sums
+                opened.counts = {"answers": len(scores), **{k: int(v) for k, v in totals.items()}}
+                opened.metrics["eval/correct"] = float(np.mean([is_correct(x) for x in scores])) if len(scores) else 0.0
     return opened.phase

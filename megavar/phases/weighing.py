@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -95,19 +94,19 @@ def rft_training_set(run: Run, name: str, *, traces: Phase, verdicts: Phase) -> 
     """1/K on each correct one of the initial policy's own K samples; a question's mass is its accuracy (Eq. 10)."""
 
     def build(metrics: dict[str, Any]) -> Iterator[Example]:
-        masses: list[float] = []
+        mass = 0.0
         for part, questions in enumerate(run.parts(run.train)):
             scores = verdict_store(verdicts).read_keyed(["score"], parts=[part])
             found = list(trace_store(traces).iter_traces(parts=[part]))
             correct = [is_correct(scores[(t.question_id, t.index, 0)]["score"]) and t.closed for t in found]
             offsets = _offsets(found, questions)
             weights = rft_weights(torch.tensor(correct, dtype=torch.float32), offsets)
-            masses += (weights.sum().item() / len(questions),)
+            mass += weights.sum().item()
             for trace, weight in zip(found, weights.tolist(), strict=True):
                 if weight > 0:
                     response = np.concatenate([trace.thought_ids, trace.answer_ids])
                     yield _example(trace.question_id, trace.prompt_ids, response, weight)
-        metrics["vr/accuracy_of_initial_policy"] = float(np.mean(masses))
+        metrics["vr/accuracy_of_initial_policy"] = mass / len(run.train)
 
     return write_training_phase(run, name, config={}, inputs=[traces, verdicts], build=build)
 
@@ -293,5 +292,5 @@ def _rows(traces: Sequence[Trace], weights: TraceWeights) -> Iterable[dict[str, 
         yield {
             "question_id": trace.question_id,
             "index": trace.index,
-            **{name: values[n] if not math.isnan(values[n]) else 0.0 for name, values in lists.items()},
+            **{name: values[n] for name, values in lists.items()},
         }

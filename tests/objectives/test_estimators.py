@@ -1,4 +1,4 @@
-"""Estimators, baselines and token weights on small cases worked out by hand."""
+"""Estimators and baselines on small cases worked out by hand."""
 
 from __future__ import annotations
 
@@ -108,19 +108,3 @@ def test_mass_of_a_question_under_rft(kind, masses):
 def test_rounding_never_makes_a_certain_question_explode(size):
     weights = rft_weights(torch.ones(size), torch.tensor([0, size]), question_weight="inverse_std")
     assert (weights == 0).all()
-
-
-def test_token_weights_keep_each_examples_mass():
-    lengths = torch.tensor([2, 4, 1])
-    normaliser = mean_response_length(lengths)
-    assert normaliser == pytest.approx(7 / 3)
-    weights = torch.tensor([1.0, 0.25, 0.75], dtype=torch.float64)
-    out = token_weights(weights, lengths, normaliser=normaliser, questions=2)
-    assert out.tolist() == pytest.approx([w / (normaliser * 2) for w in [1, 1, 0.25, 0.25, 0.25, 0.25, 0.75]])
-    # With C fixed, the loss of a batch is the sum of the losses of its parts: no example sees its neighbours.
-    logprobs = torch.randn(7, dtype=torch.float64)
-    parts = [
-        token_weights(weights[i : i + 1], lengths[i : i + 1], normaliser=normaliser, questions=2)
-        for i in range(3)
-    ]
-    assert -(out * logprobs).sum() == pytest.approx(-(torch.cat(parts) * logprobs).sum().item())
