@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
     parser.add_argument("--hidden", type=int, nargs="+", default=[2048, 4096, 5120])
     parser.add_argument("--shards", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--save", type=Path, default=Path("runs/benchmarks/linear_logprob.json"))
+    parser.add_argument("--save", type=Path, default=Path(__file__).parent / "results/linear_logprob.json")
     arguments = parser.parse_args()
     require_device(parser.prog)
     torch.manual_seed(0)

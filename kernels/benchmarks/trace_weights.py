@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--traces", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--mean-length", type=int, default=1000)
-    parser.add_argument("--save", type=Path, default=Path("runs/benchmarks/trace_weights.json"))
+    parser.add_argument("--save", type=Path, default=Path(__file__).parent / "results/trace_weights.json")
     arguments = parser.parse_args()
     require_device(parser.prog)
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,6 +175,19 @@ def test_rows_without_gradient_are_left_out_of_the_backward_gemms():
         logprob.backward(g_lp)
     assert largest.elements <= 10 * 1000
     assert hidden.grad[:10].any() and not hidden.grad[10:].any()
+
+
+def test_the_documented_example_runs():
+    page = Path(__file__).parents[2] / "docs/kernels.md"
+    example = page.read_text().split("```python\n")[1].split("```")[0]
+    hidden, weight, target, token_weight, _ = problem(6, 8, 10)
+    lm_head = torch.nn.Linear(8, 10, bias=False)
+    with torch.no_grad():
+        lm_head.weight.copy_(weight)
+    names = dict(hidden=hidden, lm_head=lm_head, target=target, token_weight=token_weight, normalizer=6.0)
+    exec(example, names)
+    want = gradients(hidden, weight, target, -token_weight / 6)[1]
+    torch.testing.assert_close(lm_head.weight.grad.double(), want, atol=1e-6, rtol=1e-5)
 
 
 GOOD = dict(zip(("hidden", "weight", "target"), problem(6, 8, 10)[:3], strict=True))
