@@ -49,7 +49,9 @@ def offline_round(run: Run) -> list[dict[str, Any]]:
     recipe = run.recipe
 
     # 1. the initial policy pi_0 learns the data set's own traces
-    seen = dataset_training_set(run, "initial/data", encoder=run.policy, questions=run.train, with_answer=True)
+    seen = dataset_training_set(
+        run, "initial/data", encoder=run.policy, questions=run.train, with_answer=True
+    )
     initial = fit_phase(run, "initial/fit", start=None, data=seen, fit=recipe.initial)
 
     # 2. the posterior q(z|x,y') is fitted, to the same traces or by forward KL to the policy's own
@@ -70,7 +72,9 @@ def offline_round(run: Run) -> list[dict[str, Any]]:
 
     # 4. log pi_0(z|x) and log pi_0(y*|x,z);  5. log q(z|x,y')
     policy_scores = score_under_policy(run, "proposals/policy_scores", weights=initial, traces=traces)
-    posterior_scores = score_under_posterior(run, "proposals/posterior_scores", weights=posterior, traces=traces)
+    posterior_scores = score_under_posterior(
+        run, "proposals/posterior_scores", weights=posterior, traces=traces
+    )
 
     # 6. N answers per trace;  7. are they correct? Only the accuracy estimator asks.
     answers = verdicts = None

@@ -24,7 +24,9 @@ def torchrun():
             text=True,
             timeout=timeout,
         )
-        reports = [line.removeprefix("REPORT ") for line in done.stdout.splitlines() if line.startswith("REPORT ")]
+        reports = [
+            line.removeprefix("REPORT ") for line in done.stdout.splitlines() if line.startswith("REPORT ")
+        ]
         assert done.returncode == 0 and reports, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
         return json.loads(reports[-1])
 

@@ -75,7 +75,9 @@ def make_model(out: Path, questions: list[Question], seed: int) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (text for q in questions for text in (q.prompt, q.trace, "user\n", "assistant\n", "\nThe answer is "))
+    texts = (
+        text for q in questions for text in (q.prompt, q.trace, "user\n", "assistant\n", "\nThe answer is ")
+    )
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -9,7 +9,9 @@ MicroBatches = list[list[int]]
 """Example indices of each micro-batch of one data-parallel rank."""
 
 
-def plan_micro_batches(lengths: Sequence[int], *, budget: int, ranks: int, packing: bool = True) -> list[MicroBatches]:
+def plan_micro_batches(
+    lengths: Sequence[int], *, budget: int, ranks: int, packing: bool = True
+) -> list[MicroBatches]:
     """Spread examples over data-parallel ranks and micro-batches of at most `budget` tokens, evenly loaded.
 
     Longest first, each into the least loaded micro-batch (LPT): every rank gets the same number of micro-batches,
@@ -20,7 +22,9 @@ def plan_micro_batches(lengths: Sequence[int], *, budget: int, ranks: int, packi
         ValueError: an example is longer than the budget.
     """
     if lengths and max(lengths) > budget:
-        raise ValueError(f"an example of {max(lengths)} tokens exceeds the micro-batch budget of {budget} tokens")
+        raise ValueError(
+            f"an example of {max(lengths)} tokens exceeds the micro-batch budget of {budget} tokens"
+        )
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     count = -(-len(lengths) // ranks) if not packing else max(1, -(-sum(lengths) // (budget * ranks)))
     while True:

@@ -74,7 +74,10 @@ def write_training_set(path: Path, examples: Iterable[Example], *, normaliser: f
                 rows.clear()
         if rows:
             writer.write_batch(_batch(rows))
-    meta = {"normaliser": normaliser or (total / count if count else 0.0), "question_starts": [*starts, count]}
+    meta = {
+        "normaliser": normaliser or (total / count if count else 0.0),
+        "question_starts": [*starts, count],
+    }
     partial_meta.write_text(json.dumps(meta))
     os.replace(partial_meta, _meta_path(path))
     os.replace(partial, path)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -30,7 +34,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's description of the decoder. Every fusion that needs a GPU is on exactly where there is one."""
     cuda = groups.device.type == "cuda"
-    recomputation = {
+    recomputation: dict[str, Any] = {
         "none": {},
         "selective": {"recompute_granularity": "selective"},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
@@ -105,11 +109,15 @@ def _layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmo
         log.info("attention and norms: transformer-engine")
         return get_gpt_layer_with_transformer_engine_spec(config.num_moe_experts, False, config.qk_layernorm)
     log.info("attention and norms: torch (transformer-engine is not installed)")
-    layer = get_gpt_layer_local_spec(config.num_moe_experts, False, config.qk_layernorm, normalization="RMSNorm")
+    layer = get_gpt_layer_local_spec(
+        config.num_moe_experts, False, config.qk_layernorm, normalization="RMSNorm"
+    )
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     attention = parts.self_attention.submodules
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
+    )

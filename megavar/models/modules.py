@@ -82,7 +82,12 @@ class PackedAttention(nn.Module):
     """
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, *_: Any, softmax_scale: float | None = None, **__: Any
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        *_: Any,
+        softmax_scale: float | None = None,
+        **__: Any,
     ) -> None:
         super().__init__()
         if config.context_parallel_size != 1:
@@ -106,7 +111,10 @@ class PackedAttention(nn.Module):
             return out.permute(2, 0, 1, 3).flatten(2)
         pieces = []
         for index, width in packed_seq_params.blocks:
-            rows = (x.index_select(0, index).unflatten(0, (-1, width)).transpose(1, 2) for x in (query, key, value))
+            rows = (
+                x.index_select(0, index).unflatten(0, (-1, width)).transpose(1, 2)
+                for x in (query, key, value)
+            )
             pieces.append(self._causal(*rows).transpose(1, 2).flatten(0, 1))
         out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return out.index_select(0, packed_seq_params.inverse).flatten(1)

@@ -68,8 +68,8 @@ def install() -> None:
     torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
     torch.cuda.random.set_rng_state = torch.cuda.set_rng_state
     torch.cuda.nvtx.range_push, torch.cuda.nvtx.range_pop = _no_op(), _no_op()
-    torch.Tensor.cuda = torch.nn.Module.cuda = torch.Tensor.pin_memory = _itself
-    torch.Tensor.type = _type_in_cuda_names
+    for owner, name, value in tensor_stand_ins():
+        setattr(owner, name, value)
     _patch_megatron()
 
 
@@ -139,6 +139,16 @@ def cuda_stand_ins() -> dict[str, Any]:
     }
 
 
+def tensor_stand_ins() -> list[tuple[type, str, Any]]:
+    """Methods of tensors and modules that megatron.core calls, and what each is on a CPU."""
+    return [
+        (torch.Tensor, "cuda", _itself),
+        (torch.nn.Module, "cuda", _itself),
+        (torch.Tensor, "pin_memory", _itself),
+        (torch.Tensor, "type", _type_in_cuda_names),
+    ]
+
+
 def _seed_cpu(seed: int) -> None:
     torch.random.default_generator.manual_seed(seed)
 
@@ -180,7 +190,9 @@ def _patch_megatron() -> None:
     for name in PROXIED_MODULES:
         module = importlib.import_module(f"megatron.core.{name}")
         if getattr(module, "torch", None) is not torch:
-            raise ImportError(f"megatron.core.{name} no longer imports torch: revise {__name__}.PROXIED_MODULES")
+            raise ImportError(
+                f"megatron.core.{name} no longer imports torch: revise {__name__}.PROXIED_MODULES"
+            )
         module.torch = cpu_torch  # type: ignore[attr-defined]
 
     from megatron.core.tensor_parallel import random
@@ -226,7 +238,9 @@ class FusedAdam(torch.optim.Optimizer):
         if not (adam_w_mode and bias_correction):
             raise ValueError("only AdamW with bias correction is implemented")
         self.adam_w_mode = adam_w_mode
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=bias_correction)
+        defaults = dict(
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=bias_correction
+        )
         super().__init__(params, defaults)
 
     @torch.no_grad()

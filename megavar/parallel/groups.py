@@ -46,7 +46,12 @@ def initialize(*, tp: int = 1, pp: int = 1, seed: int = 1234, timeout_minutes: f
     """
     cuda = torch.cuda.is_available()
     if not dist.is_initialized():
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        for name, value in {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "0",
+        }.items():
             os.environ.setdefault(name, value)
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))

@@ -36,7 +36,9 @@ def dataset_training_set(
     return write_training_phase(run, name, config=config, inputs=[], build=lambda _: examples)
 
 
-def dataset_example(encoder: Encoder, question: Question, *, with_answer: bool, weight: float = 1.0) -> Example:
+def dataset_example(
+    encoder: Encoder, question: Question, *, with_answer: bool, weight: float = 1.0
+) -> Example:
     """The question's own trace as an example."""
     response = encoder.thought_ids(question.trace or "")
     if with_answer:
@@ -102,7 +104,9 @@ def fit_phase(run: Run, name: str, *, start: Phase | None, data: Phase, fit: Fit
                     checkpoints=checkpoints,
                     report=report,
                 )
-            export_hf([model.module], model.architecture, run.recipe.model.path, opened.path / "hf", overwrite=True)
+            export_hf(
+                [model.module], model.architecture, run.recipe.model.path, opened.path / "hf", overwrite=True
+            )
             if run.groups.is_main:
                 verify_export(opened.path / "hf")
                 checkpoint.remove(checkpoints)

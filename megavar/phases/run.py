@@ -102,7 +102,9 @@ class Run:
         return [questions[i : i + size] for i in range(0, len(questions), size)]
 
     @contextmanager
-    def phase(self, name: str, *, config: Mapping[str, Any], inputs: Sequence[Phase] = ()) -> Iterator[OpenPhase]:
+    def phase(
+        self, name: str, *, config: Mapping[str, Any], inputs: Sequence[Phase] = ()
+    ) -> Iterator[OpenPhase]:
         """Open a phase; the block does the work unless `todo` is false, and sets `counts` and `metrics`.
 
         Raises StopRun after the phase named by `until`.
@@ -155,7 +157,9 @@ def digest_questions(questions: Sequence[Question]) -> str:
 def total_over_ranks(values: Mapping[str, float]) -> dict[str, float]:
     """Sum of each value over all ranks."""
     names = sorted(values)
-    sums = torch.tensor([float(values[n]) for n in names], dtype=torch.float64, device=torch.cuda.current_device())
+    sums = torch.tensor(
+        [float(values[n]) for n in names], dtype=torch.float64, device=torch.cuda.current_device()
+    )
     dist.all_reduce(sums)
     return dict(zip(names, sums.tolist(), strict=True))
 

@@ -82,7 +82,9 @@ def sample_traces(
                 ]
 
             params = stopping(params, encoder, whole=whole)
-            for part, asked, completions in _by_parts(run, opened, store, weights, len(parts), requests, params):
+            for part, asked, completions in _by_parts(
+                run, opened, store, weights, len(parts), requests, params
+            ):
                 prompts = {r.id: r.prompt_ids for r in asked}
                 store.write_traces(
                     part, (_trace(c, prompts[c.request_id], encoder, role, params) for c in completions)
@@ -204,7 +206,9 @@ def _count(opened: OpenPhase, store: PartStore, id_columns: tuple[str, ...]) -> 
 
 def _engine_config(run: Run) -> dict[str, Any]:
     """What decides which bytes an engine samples."""
-    return run.recipe.rollout.model_dump(mode="json", include={"engine", "batch_size", "questions_per_part", "seed"})
+    return run.recipe.rollout.model_dump(
+        mode="json", include={"engine", "batch_size", "questions_per_part", "seed"}
+    )
 
 
 def _trace(

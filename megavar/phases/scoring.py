@@ -10,8 +10,8 @@ import pyarrow as pa
 
 from megavar.data.records import Question, Trace
 from megavar.data.store import PartStore
-from megavar.data.training_set import Example
 from megavar.data.traces import LOGPROBS
+from megavar.data.training_set import Example
 from megavar.phases.run import Run, digest_questions, largest_over_ranks, total_over_ranks
 from megavar.phases.sampling import answer_store, trace_store
 from megavar.runs import Phase
@@ -27,7 +27,11 @@ POLICY_SCORES = pa.schema(
 POSTERIOR_SCORES = pa.schema([*_KEY, pa.field("thought", LOGPROBS, nullable=False)])
 """log q(z_t) [Z] of the same ids."""
 VERDICTS = pa.schema(
-    [*_KEY, pa.field("answer_index", pa.int32(), nullable=False), pa.field("score", pa.float64(), nullable=False)]
+    [
+        *_KEY,
+        pa.field("answer_index", pa.int32(), nullable=False),
+        pa.field("score", pa.float64(), nullable=False),
+    ]
 )
 """Verifier scores in [0, 1]; `answer_index` is 0 for a trace's own answer."""
 
@@ -49,7 +53,9 @@ def score_under_policy(run: Run, name: str, *, weights: Phase, traces: Phase) ->
 
     def example(trace: Trace, question: Question) -> Example:
         answer = run.policy.answer_ids(question.solution)
-        return _example(question, run.policy.prompt_ids(question), np.concatenate([trace.thought_ids, answer]))
+        return _example(
+            question, run.policy.prompt_ids(question), np.concatenate([trace.thought_ids, answer])
+        )
 
     def rows(scored: list[tuple[Trace, np.ndarray]]) -> Iterable[dict]:
         for trace, logprobs in scored:
@@ -105,7 +111,9 @@ def _score(
     config = {
         "temperature": temperature,
         "dtype": run.settings.dtype,
-        "policy": run.policy.template.prompt + run.policy.template.answer_start + run.policy.template.answer_end,
+        "policy": run.policy.template.prompt
+        + run.policy.template.answer_start
+        + run.policy.template.answer_end,
     }
     with run.phase(name, config=config, inputs=[weights, traces]) as opened:
         if opened.todo:
@@ -140,7 +148,9 @@ def _score(
                     task.advance(min(groups.dp, len(parts) - task.done))
             totals = total_over_ranks(sums)
             opened.counts = {"traces": int(totals["traces"])}
-            opened.metrics["perf/scored_tokens_per_second"] = totals["tokens"] / (time.perf_counter() - started)
+            opened.metrics["perf/scored_tokens_per_second"] = totals["tokens"] / (
+                time.perf_counter() - started
+            )
             if proposal:
                 opened.metrics["rollout/logprob_gap_mean"] = totals["gap"] / max(totals["gap_tokens"], 1)
                 opened.metrics["rollout/logprob_gap_max"] = largest_over_ranks(worst)
@@ -188,12 +198,19 @@ def _verify(
                 for part in parts:
                     if part % groups.world != groups.rank or part in done:
                         continue
-                    items = [(key, run.policy.answer_text(ids).text, by_id[key[0]]) for key, ids in texts(part)]
+                    items = [
+                        (key, run.policy.answer_text(ids).text, by_id[key[0]]) for key, ids in texts(part)
+                    ]
                     verdicts = verify_all(items, pool=run.verifiers)
                     store.write_part(
                         part,
                         (
-                            {"question_id": q, "index": k, "answer_index": n, "score": verdicts.scores[(q, k, n)]}
+                            {
+                                "question_id": q,
+                                "index": k,
+                                "answer_index": n,
+                                "score": verdicts.scores[(q, k, n)],
+                            }
                             for (q, k, n), _, _ in items
                         ),
                     )
@@ -204,5 +221,7 @@ def _verify(
             if opened.phase.writer:
                 scores = store.read_table(["score"])["score"].to_numpy()
                 opened.counts = {"answers": len(scores), **{k: int(v) for k, v in totals.items()}}
-                opened.metrics["eval/correct"] = float(np.mean([is_correct(x) for x in scores])) if len(scores) else 0.0
+                opened.metrics["eval/correct"] = (
+                    float(np.mean([is_correct(x) for x in scores])) if len(scores) else 0.0
+                )
     return opened.phase

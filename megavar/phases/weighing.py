@@ -233,7 +233,9 @@ def _examples(run: Run, arm: Arm, table: _Part, weights: TraceWeights) -> Iterat
         share = 0.5 if chosen else 1.0
         yield dataset_example(run.policy, question, with_answer=True, weight=share)
         for e in chosen:
-            yield _example(e.question_id, e.ids[: e.response_start], e.ids[e.response_start :], e.weight * (1 - share))
+            yield _example(
+                e.question_id, e.ids[: e.response_start], e.ids[e.response_start :], e.weight * (1 - share)
+            )
 
 
 def _example(question_id: str, prompt: np.ndarray, response: np.ndarray, weight: float) -> Example:

@@ -53,7 +53,9 @@ def load_latest(model: Model, training: Training, directory: Path) -> int:
     step = latest_step(directory)
     if step is None:
         return 0
-    state = dist_checkpointing.load(_state(model, training, loading=True), str(_step_directory(directory, step)))
+    state = dist_checkpointing.load(
+        _state(model, training, loading=True), str(_step_directory(directory, step))
+    )
     model.module.load_state_dict(state["model"])
     training.optimizer.load_state_dict(state["optimizer"])
     training.schedule.step(increment=step)

@@ -98,7 +98,9 @@ def num_steps(fit: Fit, questions: int) -> int:
     return fit.steps or max(1, math.ceil(fit.epochs * questions / fit.questions_per_step))
 
 
-def global_batch(training_set: TrainingSet, step: int, questions_per_step: int, seed: int) -> Iterator[Example]:
+def global_batch(
+    training_set: TrainingSet, step: int, questions_per_step: int, seed: int
+) -> Iterator[Example]:
     """All examples of the questions of this step: consecutive slices of an endless row of shuffled epochs.
 
     A function of (step, seed) alone, so the step number is the whole data cursor.

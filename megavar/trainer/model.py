@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core import parallel_state as mpu
 from megavar_kernels import linear_logprob
 from torch import Tensor
 
@@ -83,7 +82,9 @@ def forward(model: Model, module: torch.nn.Module, batch: MicroBatch, temperatur
     """
     vocab_start = model.groups.tp_rank * (model.architecture.padded_vocab(model.groups.tp) // model.groups.tp)
 
-    def logprobs(*, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any) -> Tensor:
+    def logprobs(
+        *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any
+    ) -> Tensor:
         return linear_logprob(
             hidden_states.flatten(0, 1),
             output_layer.weight if output_weight is None else output_weight,
@@ -95,4 +96,6 @@ def forward(model: Model, module: torch.nn.Module, batch: MicroBatch, temperatur
             sequence_parallel=model.settings.sequence_parallel,
         )[0]
 
-    return module(batch.tokens, batch.positions, None, packed_seq_params=batch.rows, output_processor=logprobs)
+    return module(
+        batch.tokens, batch.positions, None, packed_seq_params=batch.rows, output_processor=logprobs
+    )

@@ -96,4 +96,3 @@ def backward_global_batch(
         tokens=int(tokens),
         micro_batches=len(plan),
     )
-

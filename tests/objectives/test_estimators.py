@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
+from megavar.objectives.loss import mean_response_length, token_weights
 
 from megavar.objectives.baselines import question_multiplied, rft_weights, sft_weights
 from megavar.objectives.estimators import log_accuracy, log_gml, log_likelihood, share_over_answers
-from megavar.objectives.loss import mean_response_length, token_weights
 
 INF, NAN = math.inf, math.nan
 

@@ -41,7 +41,9 @@ def reference(hf: Path, examples: list[Example], questions: int, normaliser: flo
     if dist.get_rank() == 0:
         shutil.copytree(hf, out, ignore=shutil.ignore_patterns("*.safetensors"))
         tied = model.config.tie_word_embeddings
-        grads = {n: p.grad.float() for n, p in model.named_parameters() if not (tied and n == "lm_head.weight")}
+        grads = {
+            n: p.grad.float() for n, p in model.named_parameters() if not (tied and n == "lm_head.weight")
+        }
         save_file(grads, out / "model.safetensors", metadata={"format": "pt"})
     dist.barrier()
     return total
@@ -69,7 +71,12 @@ def gradients_agree(hf: Path, training_file: Path, work: Path) -> dict[str, floa
         "pp2 dp2": (1, 2, FP32, tokens // 3),
         "pp2 dp2 unpacked": (1, 2, replace(FP32, packing=False), tokens),
         "tp2 pp2": (2, 2, FP32, tokens // 3),
-        "tp2 pp2 sp full recompute": (2, 2, replace(FP32, sequence_parallel=True, recompute="full"), tokens // 2),
+        "tp2 pp2 sp full recompute": (
+            2,
+            2,
+            replace(FP32, sequence_parallel=True, recompute="full"),
+            tokens // 2,
+        ),
     }
     errors = {}
     for name, (tp, pp, settings, budget) in layouts.items():
@@ -79,7 +86,12 @@ def gradients_agree(hf: Path, training_file: Path, work: Path) -> dict[str, floa
         # The distributed optimizer leaves each rank a shard of the sum; for the comparison every rank gets it whole.
         model.config.finalize_model_grads_func = whole_gradients
         metrics = backward_global_batch(
-            model, training, examples, questions=questions, normaliser=normaliser, tokens_per_micro_batch=budget
+            model,
+            training,
+            examples,
+            questions=questions,
+            normaliser=normaliser,
+            tokens_per_micro_batch=budget,
         )
         want = dict(load_model(work / "gradients", groups, settings).module.named_parameters())
         worst = abs(metrics.loss - expected) / abs(expected)
@@ -104,7 +116,9 @@ def scores_agree(hf: Path, training_file: Path) -> float:
         for e, got in zip(examples, scored or [], strict=False):
             ids = torch.tensor(e.ids, dtype=torch.long)[None]
             with torch.no_grad():
-                logp = torch.log_softmax(reference(ids).logits[0, :-1] / 0.7, -1).gather(1, ids[0, 1:, None])[:, 0]
+                logp = torch.log_softmax(reference(ids).logits[0, :-1] / 0.7, -1).gather(1, ids[0, 1:, None])[
+                    :, 0
+                ]
             want = logp[e.response_start - 1 :].numpy()
             assert got.shape == want.shape
             worst = max(worst, float(np.abs(got - want).max()))
@@ -136,13 +150,18 @@ def losses(hf: Path, training_file: Path, work: Path, fit: Fit, *, tp: int, pp: 
 def main() -> None:
     hf, training_file, work = (Path(a) for a in sys.argv[1:4])
     groups_module.initialize()
-    report = {"gradients": gradients_agree(hf, training_file, work), "scores": scores_agree(hf, training_file)}
+    report = {
+        "gradients": gradients_agree(hf, training_file, work),
+        "scores": scores_agree(hf, training_file),
+    }
     fit = Fit(questions_per_step=3, steps=8, lr=3e-3, checkpoint_every=3, warmup=0.25)
     report["whole"] = losses(hf, training_file, work / "whole", fit, tp=2, pp=1)
     killed = losses(hf, training_file, work / "killed", fit, tp=2, pp=1, stop_at=5)
     report["resumed"] = killed[:3] + losses(hf, training_file, work / "killed", fit, tp=2, pp=1)
     report["pipeline"] = losses(hf, training_file, work / "pipeline", fit, tp=1, pp=2)
-    report["bfloat16"] = losses(hf, training_file, work / "bf16", fit, tp=2, pp=2, settings=Settings(dtype="bfloat16"))
+    report["bfloat16"] = losses(
+        hf, training_file, work / "bf16", fit, tp=2, pp=2, settings=Settings(dtype="bfloat16")
+    )
     if dist.get_rank() == 0:
         print("REPORT " + json.dumps(report), flush=True)
     dist.barrier()
