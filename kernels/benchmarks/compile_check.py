@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
-os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="compile_check_")
+CACHE = tempfile.TemporaryDirectory(prefix="compile_check_")  # fresh: a cached kernel would hide a failure
+os.environ["TRITON_CACHE_DIR"] = CACHE.name
 
 import triton  # noqa: E402
 from megavar_kernels import linear_logprob_kernels as logprob  # noqa: E402
