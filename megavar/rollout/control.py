@@ -21,6 +21,7 @@ class ServerInfo:
     model_path: str
     weight_version: str
     context_length: int
+    """Longest prompt plus completion: SGLang holds back two positions of the model's limit."""
     vocabulary: int | None
     """Number of logits; None when the model's config.json is not readable from here."""
 
@@ -40,7 +41,7 @@ class ServerControl:
     def answers(self, timeout_s: float = 2.0) -> bool:
         """Whether the HTTP side is up; says nothing of the model and works while paused."""
         try:
-            return self._client.get("/get_model_info", timeout=timeout_s).status_code == 200
+            return self._client.get("/model_info", timeout=timeout_s).status_code == 200
         except httpx.HTTPError:
             return False
 
@@ -52,7 +53,7 @@ class ServerControl:
             return False
 
     def info(self) -> ServerInfo:
-        model = self._call("GET", "/get_model_info")
+        model = self._call("GET", "/model_info")
         served = self._call("GET", "/v1/models")
         vocabulary = None
         config = Path(model["model_path"]) / "config.json"
@@ -62,12 +63,12 @@ class ServerControl:
         return ServerInfo(
             model_path=model["model_path"],
             weight_version=model["weight_version"],
-            context_length=served["data"][0]["max_model_len"],
+            context_length=served["data"][0]["max_model_len"] - 2,
             vocabulary=vocabulary,
         )
 
     def weight_version(self) -> str:
-        return self._call("GET", "/get_model_info")["weight_version"]
+        return self._call("GET", "/model_info")["weight_version"]
 
     def pause(self, mode: PauseMode) -> None:
         """Stop sampling. `abort` ends the requests with what they have, `retract` frees their KV cache and

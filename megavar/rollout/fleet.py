@@ -26,7 +26,7 @@ from megavar.rollout.process import (
     server_environment,
 )
 from megavar.rollout.router import Router
-from megavar.rollout.servers import check_weights, summed_gauges, update_all
+from megavar.rollout.servers import check_same_shape, check_weights, summed_gauges, update_all
 
 log = logging.getLogger(__name__)
 
@@ -104,9 +104,11 @@ class Fleet:
                 self._router = Router(self._python, self._logs, host)
             with ThreadPoolExecutor(servers) as pool:
                 list(pool.map(self._bring_up, self._members))
+            info = self._controls()[0].info()
         except BaseException:
             self.close()
             raise
+        self._info = info
         for member in self._members:
             watcher = threading.Thread(target=self._watch, args=(member,), daemon=True, name="fleet-watcher")
             watcher.start()
@@ -239,10 +241,10 @@ class Fleet:
         return [member.control for member in self._members if member.listed and member.control is not None]
 
     def info(self) -> ServerInfo:
-        while not (controls := self._controls()):
-            self.endpoints()
-            time.sleep(_POLL_S)
-        return controls[0].info()
+        return self._info
+
+    def weight_version(self) -> str:
+        return self._weights[1]
 
     @contextmanager
     def paused(self, mode: PauseMode) -> Iterator[None]:
@@ -260,6 +262,7 @@ class Fleet:
         """Swap the weights of every server. A server that fails while others succeed is killed and comes back
         with the new weights; when all fail the old weights stay and EngineError tells why."""
         directory = check_weights(directory)
+        check_same_shape(self._weights[0], directory)
         with self._lock:
             controls = self._controls()
             previous, self._weights = self._weights, (directory, version)

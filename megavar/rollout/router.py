@@ -25,7 +25,7 @@ class Router:
         # Its own retries would hide a server's death; the client retries, with the same seed.
         command += ["--disable-retries", "--request-timeout-secs", "86400", "--max-concurrent-requests", "-1"]
         # The default check generates a token, which a paused server cannot.
-        command += ["--health-check-endpoint", "/get_model_info", "--health-check-interval-secs", "5"]
+        command += ["--health-check-endpoint", "/model_info", "--health-check-interval-secs", "5"]
         self._client = httpx.Client(base_url=self.url, timeout=30.0, trust_env=False)
         self._process = EngineProcess(
             "router", command, server_environment(ServerSpec(), ()), logs / "router.log"

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from safetensors import SafetensorError, safe_open
+
 from megavar.errors import UserError
 from megavar.rollout.control import EngineError, PauseMode, ServerControl, ServerInfo
+
+_SHAPE_KEYS = (
+    "architectures",
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_experts",
+    "head_dim",
+    "tie_word_embeddings",
+)
 
 
 class Servers(Protocol):
@@ -22,6 +40,10 @@ class Servers(Protocol):
 
     def info(self) -> ServerInfo:
         """Of any one server; they are alike."""
+        ...
+
+    def weight_version(self) -> str:
+        """Of the weights that new requests get."""
         ...
 
     def paused(self, mode: PauseMode) -> AbstractContextManager[None]:
@@ -40,9 +62,25 @@ class Servers(Protocol):
 def check_weights(directory: Path) -> Path:
     """Absolute path of a directory that an engine can load. Raises UserError for any other."""
     directory = Path(directory).absolute()
-    if not (directory / "config.json").is_file() or not any(directory.glob("*.safetensors")):
+    files = sorted(directory.glob("*.safetensors"))
+    if not (directory / "config.json").is_file() or not files:
         raise UserError(f"{directory}: not a Hugging Face directory with config.json and safetensors")
+    for file in files:  # a torn file ends an SGLang server that is told to load it
+        try:
+            with safe_open(file, framework="numpy"):
+                pass
+        except SafetensorError as error:
+            raise UserError(f"{file}: not a complete safetensors file: {error}; export it again") from error
     return directory
+
+
+def check_same_shape(served: Path, new: Path) -> None:
+    """Raises UserError when the two models differ in anything that shapes their tensors."""
+    old_config, new_config = (json.loads((place / "config.json").read_text()) for place in (served, new))
+    wrong = [key for key in _SHAPE_KEYS if old_config.get(key) != new_config.get(key)]
+    if wrong:
+        told = ", ".join(f"{key} {old_config.get(key)} -> {new_config.get(key)}" for key in wrong)
+        raise UserError(f"{new}: not the architecture that is served: {told}; start servers for that model")
 
 
 def update_all(
@@ -82,12 +120,16 @@ class ExternalServers:
         for control in self._controls:
             if not control.answers(timeout_s=10.0):
                 raise UserError(f"no SGLang server answers at {control.url}; is it up, and the URL right?")
+        self._version = self.info().weight_version
 
     def endpoints(self) -> list[str]:
         return [self._router] if self._router else [control.url for control in self._controls]
 
     def info(self) -> ServerInfo:
         return self._controls[0].info()
+
+    def weight_version(self) -> str:
+        return self._version
 
     @contextmanager
     def paused(self, mode: PauseMode) -> Iterator[None]:
@@ -104,6 +146,7 @@ class ExternalServers:
         failures = update_all(self._controls, Path(directory).absolute(), version, mode)
         if failures:
             raise EngineError("; ".join(str(error) for error in failures.values()))
+        self._version = version
 
     def gauges(self) -> dict[str, float]:
         return summed_gauges(self._controls)

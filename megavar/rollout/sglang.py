@@ -253,6 +253,8 @@ class SGLangEngine:
                 "input_ids": prompt + partial.ids,
                 "sampling_params": sampling | {"max_new_tokens": budget - len(partial.ids)},
                 "return_logprob": True,
+                # A prompt that old weights computed is not reused under new ones, flushed or not.
+                "extra_key": self._servers.weight_version(),
             }
             before = len(partial.ids)
             answer = await self._ask(request, body)

@@ -5,10 +5,16 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from megavar.errors import UserError
+from megavar.rollout.engine_env import engine_python
+from megavar.rollout.fleet import Fleet
+from megavar.rollout.sglang import SGLangEngine
 
 sys.path.insert(0, str(Path(__file__).parent))  # for rollout_helpers
 
@@ -54,3 +60,45 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Same shape as `tiny_model`, other weights."""
     return write_model(tmp_path_factory.mktemp("models") / "b", seed=2)
+
+
+@pytest.fixture(scope="session")
+def engine_venv() -> Path:
+    """Skip where SGLang is not installed; `make test-engine` installs it."""
+    try:
+        return engine_python().parent.parent
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def fleet(engine_venv: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Two SGLang servers behind a router, shared by all tests; whoever changes the weights puts them back."""
+    logs = tmp_path_factory.mktemp("fleet")
+    fleet = Fleet(tiny_model, logs=logs, servers=2, router=True, version="a", venv=engine_venv)
+    children = psutil.Process().children(recursive=True)
+    yield fleet
+    fleet.close()
+    left = [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    assert not left, f"left behind: {left}"
+
+
+class Borrowed:
+    """A fleet whose `close` is somebody else's business."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    def __getattr__(self, name: str):
+        return getattr(self._fleet, name)
+
+    def close(self) -> None:
+        return None
+
+
+@pytest.fixture
+def engine(fleet: Fleet):
+    """A client of the shared fleet that leaves it running."""
+    engine = SGLangEngine(Borrowed(fleet), concurrency=64, timeout_s=120.0)
+    yield engine
+    engine.close()

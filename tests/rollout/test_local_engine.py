@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rollout_helpers import END, by_key, full_logprobs, prompts, requests
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megavar.errors import UserError
 from megavar.rollout.engine import Request, SamplingParams
 from megavar.rollout.local import LocalEngine
-from rollout_helpers import END, by_key, full_logprobs, prompts, requests
 
 
 @pytest.fixture(scope="module")
