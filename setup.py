@@ -13,6 +13,8 @@ setup(
     # torch is left to the platform: the constraints file pins the CPU build, images bring their own CUDA build.
     install_requires=[
         "torch>=2.11",
+        # Python 3.11 has a working wheel that the metadata forbids; the Makefile installs it there.
+        "megatron-core>=0.19,<0.20; python_version >= '3.12'",
         "triton>=3.6",
         "transformers>=5.0",
         "safetensors>=0.5",
@@ -30,7 +32,8 @@ setup(
         "httpx>=0.27",
     ],
     extras_require={
-        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13", "tiktoken>=0.9"],
+        # The tests also read Qwen's vocabulary file from the dashscope wheel, installed without its dependencies.
+        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13", "tiktoken>=0.9", "pandas>=2"],
         # NVIDIA apex comes with NGC images; the package of that name on PyPI is an unrelated project.
         "gpu": ["transformer-engine[pytorch]>=2.8", "nvidia-modelopt>=0.40"],
         "sglang": ["sglang-router>=0.3.2"],

@@ -34,11 +34,11 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's description of the decoder. Every fusion that needs a GPU is on exactly where there is one."""
     cuda = groups.device.type == "cuda"
-    recomputation: dict[str, Any] = {
+    recomputations: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective"},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }[recompute]
+    }
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -75,7 +75,7 @@ def transformer_config(
         apply_rope_fusion=cuda and _has_transformer_engine(),
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
-        **recomputation,
+        **recomputations[recompute],
     )
 
 

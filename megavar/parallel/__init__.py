@@ -1,4 +1,4 @@
-"""Process groups and devices. Importing this package readies Megatron-Core for the machine; import it before `megatron`."""
+"""Process groups and devices. Importing this package readies Megatron-Core for the machine."""
 
 from megavar.parallel import cpu
 

@@ -1,0 +1,48 @@
+# Everything a new machine needs. Each target makes its environment first when it is missing or out of date.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CONSTRAINTS := constraints-cpu.txt
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help quickstart test test-engine engine-env lint typecheck kernels-check clean
+help:
+	@echo "make quickstart   the main job on a tiny model: train, sample, score, weigh, train, export, evaluate"
+	@echo "make test         all tests but those of the SGLang servers"
+	@echo "make test-engine  the tests of the SGLang servers (builds their own environment)"
+	@echo "make engine-env   the environment of the SGLang servers, $(VENV)-engine"
+	@echo "make lint         ruff;  make typecheck: mypy;  make kernels-check: compile every kernel for sm_80/90/100"
+
+# megatron-core publishes a wheel for Python 3.11 that its metadata forbids, hence its own line.
+$(READY): $(CONSTRAINTS) setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c $(CONSTRAINTS) setuptools torch
+	$(BIN)/pip install -q -c $(CONSTRAINTS) --no-deps --ignore-requires-python megatron-core dashscope
+	$(BIN)/pip install -q -c $(CONSTRAINTS) --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m compileall -q $(VENV)/lib
+	touch $@
+
+quickstart: $(READY)
+	$(BIN)/python examples/quickstart/quickstart.py
+
+test: $(READY)
+	$(BIN)/python -m pytest tests -m "not engine"
+
+engine-env: $(READY)
+	$(BIN)/python -m megavar.rollout.engine_env
+
+test-engine: engine-env
+	$(BIN)/python -m pytest tests -m engine
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+typecheck: $(READY)
+	$(BIN)/mypy megavar
+
+kernels-check: $(READY)
+	$(BIN)/python kernels/benchmarks/compile_check.py
+
+clean:
+	rm -rf $(VENV) $(VENV)-engine runs build *.egg-info

@@ -1,0 +1,95 @@
+"""One canary per thing that `megavar.parallel.cpu` patches: a Megatron-Core or torch update must fail here, loudly."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megavar.parallel import cpu
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the adapter does nothing where CUDA is there")
+
+
+@pytest.mark.parametrize("name", sorted(cpu.cuda_stand_ins()))
+def test_stand_in_replaces_a_name_that_torch_has_and_megatron_can_call(name: str) -> None:
+    original = subprocess.run(
+        [sys.executable, "-c", f"import torch; assert callable(torch.cuda.{name})"], capture_output=True
+    )
+    assert original.returncode == 0, f"torch.cuda.{name} is gone: drop it from the adapter"
+    assert getattr(torch.cuda, name).__module__ == cpu.__name__
+
+
+@pytest.mark.parametrize("name", cpu.PROXIED_MODULES)
+def test_proxied_module_still_asks_for_cuda(name: str) -> None:
+    module = importlib.import_module(f"megatron.core.{name}")
+    source = inspect.getsource(module)
+    assert 'cuda' in source, f"megatron.core.{name} no longer mentions CUDA: drop it from PROXIED_MODULES"
+    assert module.torch.zeros(2, device="cuda", pin_memory=True).device.type == "cpu"
+    assert module.torch.float32 is torch.float32
+
+
+def test_factories_of_torch_itself_are_untouched() -> None:
+    """Wrapping them makes transformers compute wrong rotary frequencies without a word."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    with pytest.raises((RuntimeError, AssertionError)):
+        torch.zeros(1, device="cuda")
+    config = Qwen3Config(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                         num_attention_heads=2, num_key_value_heads=1, head_dim=8)  # fmt: skip
+    got = Qwen3ForCausalLM(config).model.rotary_emb.inv_freq
+    want = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, 8, 2).float() / 8)
+    torch.testing.assert_close(got, want)
+
+
+def test_type_answers_in_cuda_names_and_still_converts() -> None:
+    assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
+    assert torch.zeros(1, dtype=torch.bfloat16).type() == "torch.cuda.BFloat16Tensor"
+    assert torch.zeros(1).type(torch.float64).dtype == torch.float64
+
+
+def test_distributed_optimizer_takes_the_fused_adam_path() -> None:
+    import megatron.core.optimizer as optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    assert optimizer.Adam is cpu.FusedAdam and not optimizer.USING_PYTORCH_OPTIMIZER
+    source = inspect.getsource(distrib_optimizer)
+    for name in ("HAVE_APEX_OR_TE", "USING_APEX_OPTIMIZER"):
+        assert source.count(name) > 1, f"distrib_optimizer no longer reads {name}"
+
+
+def test_rng_state_helpers_exist_and_round_trip() -> None:
+    from megatron.core.tensor_parallel import random
+
+    state = random._get_cuda_rng_state()
+    first = torch.rand(3)
+    random._set_cuda_rng_state(state)
+    assert torch.equal(torch.rand(3), first)
+
+
+def test_split_sizes_reach_all_to_all_as_numpy() -> None:
+    from megatron.core.transformer.moe import token_dispatcher
+
+    assert token_dispatcher.maybe_move_tensor_to_cpu(torch.tensor([1, 2]), as_numpy=True).tolist() == [1, 2]
+    assert "as_numpy" in inspect.getsource(importlib.import_module("megatron.core.transformer.moe.token_dispatcher"))
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_adam_equals_torchs_adamw(weight_decay: float) -> None:
+    torch.manual_seed(0)
+    start = torch.randn(7, dtype=torch.float64)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    settings = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay)
+    optimizers = cpu.FusedAdam([ours], **settings), torch.optim.AdamW([theirs], **settings)
+    for _ in range(20):
+        gradient = torch.randn(7, dtype=torch.float64)
+        for p, optimizer in zip((ours, theirs), optimizers, strict=True):
+            p.grad = gradient.clone()
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert optimizers[0].param_groups[0]["step"] == 20
+    assert set(optimizers[0].state[ours]) == {"exp_avg", "exp_avg_sq"}

@@ -1,0 +1,76 @@
+"""Micro-batches and the learning-rate schedule's data order, without process groups."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megavar.config.recipe import Fit
+from megavar.data.training_set import Example, TrainingSet, write_training_set
+from megavar.models.modules import PackedAttention, PackedRows
+from megavar.trainer.batch import IGNORE, build_micro_batch
+from megavar.trainer.fit import global_batch, num_steps
+
+CPU = torch.device("cpu")
+
+
+def example(name: str, ids: list[int], start: int, weight: float) -> Example:
+    return Example(question_id=name, ids=np.array(ids, np.int32), response_start=start, weight=weight)
+
+
+def test_layout_of_two_examples_with_padding() -> None:
+    batch = build_micro_batch(
+        [example("a", [5, 6, 7, 8], 2, 0.5), example("b", [9, 4], 1, 2.0)], CPU, multiple_of=3
+    )
+    assert batch.tokens.tolist() == [[5, 6, 7, 9, 0, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 0, 0, 1]]
+    assert batch.targets.tolist() == [IGNORE, 7, 8, 4, IGNORE, IGNORE]
+    assert batch.weights.tolist() == [0, 0.5, 0.5, 2.0, 0, 0]
+    assert batch.rows is not None and batch.rows.cu_seqlens_q.tolist() == [0, 3, 4, 6]
+    assert [(s.start, s.stop) for s in batch.responses] == [(1, 3), (3, 4)]
+
+
+def test_an_empty_micro_batch_has_one_ignored_token() -> None:
+    batch = build_micro_batch([], CPU)
+    assert batch.targets.tolist() == [IGNORE] and batch.weights.tolist() == [0.0]
+
+
+def test_packed_attention_equals_a_block_diagonal_mask() -> None:
+    """Against one masked softmax in float64, values and gradients, for ragged lengths and grouped heads."""
+    torch.manual_seed(0)
+    lengths = [3, 17, 1, 9, 8, 16]
+    t = sum(lengths)
+    q, k, v = (torch.randn(t, h, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
+    rows = PackedRows.from_lengths(lengths, CPU)
+    config = type("Config", (), {"context_parallel_size": 1})()
+    got = PackedAttention(config, 1)(q, k, v, packed_seq_params=rows)
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    allowed = (segment[:, None] == segment[None]) & torch.ones(t, t, dtype=torch.bool).tril()
+    keys, values = (x.repeat_interleave(2, dim=1) for x in (k, v))
+    logits = torch.einsum("qhd,khd->hqk", q, keys) / 8**0.5
+    probabilities = logits.masked_fill(~allowed, -torch.inf).softmax(-1)
+    want = torch.einsum("hqk,khd->qhd", probabilities, values).flatten(1)
+    torch.testing.assert_close(got, want)
+    seed = torch.randn_like(want)
+    for ours, theirs in zip(*(torch.autograd.grad(o, (q, k, v), seed) for o in (got, want)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    padded = sum(index.numel() for index, _ in rows.blocks)
+    assert padded <= 2 * t, "the padding of a block is bounded by its work"
+
+
+def test_every_epoch_visits_every_question_once(tmp_path: Path) -> None:
+    examples = [example(f"q{i}", [1, 2, 3], 1, 1.0) for i in range(10)]
+    write_training_set(tmp_path / "t.arrow", examples)
+    training_set = TrainingSet(tmp_path / "t.arrow")
+    seen = [e.question_id for step in range(5) for e in global_batch(training_set, step, 4, seed=3)]
+    assert set(Counter(seen[:10]).values()) == {1} and set(Counter(seen).values()) == {2}
+    assert seen[:10] != seen[10:], "epochs are shuffled differently"
+    assert seen[8:12] == [e.question_id for e in global_batch(training_set, 2, 4, seed=3)]
+
+
+def test_steps_from_epochs() -> None:
+    assert num_steps(Fit(questions_per_step=96, epochs=3), 16710) == 523
+    assert num_steps(Fit(questions_per_step=96, steps=7), 16710) == 7
