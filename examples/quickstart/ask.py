@@ -5,7 +5,7 @@ import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 directory = sys.argv[1]
-SUM = "State the final answer to the following arithmetic problem: 7 + 5 - 3 + 8 ="
+SUM = "State the final answer to the following arithmetic problem: 7 + 5 - 3 ="
 question = sys.argv[2] if len(sys.argv) > 2 else SUM
 tokenizer = AutoTokenizer.from_pretrained(directory)
 model = AutoModelForCausalLM.from_pretrained(directory)

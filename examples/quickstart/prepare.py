@@ -32,7 +32,7 @@ def main() -> None:
     if (args.out / "train.jsonl").exists() and (args.out / "model" / "model.safetensors").exists():
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    sums = {"min_terms": 4, "max_terms": 4, "min_digits": 1, "max_digits": 1}
+    sums = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}
     source = QuestionSource(
         kind="reasoning_gym", name="chain_sum", options=sums, size=args.questions, seed=args.seed
     )

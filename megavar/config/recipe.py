@@ -144,6 +144,33 @@ class Fit(Section):
     """Steps between resumable checkpoints; 0 keeps none within the phase."""
 
 
+class Servers(Section):
+    """SGLang servers, for `engine = "sglang"`."""
+
+    urls: tuple[str, ...] = ()
+    """Servers that run already; empty starts `count` of them on this machine, and stops them at the end."""
+    count: int = Field(default=1, ge=1)
+    """Servers to start."""
+    tp: int = Field(default=1, ge=1)
+    """Tensor parallelism inside a server."""
+    router: bool = False
+    """Put sglang-router in front."""
+    concurrency: int = Field(default=256, ge=1)
+    """Requests at the servers at once."""
+    deterministic: bool = True
+    """Honour the seed of each completion; without it SGLang samples faster and no run repeats."""
+    pause: Literal["abort", "retract", "in_place"] = "retract"
+    """What becomes of requests in flight while weights are swapped."""
+    max_running: int = Field(default=64, ge=1)
+    """Requests that decode at once in a server."""
+    kv_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of the KV cache; none: what memory allows, 16384 on a CPU."""
+    memory_fraction: float | None = Field(default=None, gt=0, lt=1)
+    """Share of a GPU's memory for weights and KV cache; none: SGLang's choice."""
+    venv: Path | None = None
+    """Environment of the servers; none: `.venv-engine`."""
+
+
 class Rollout(Section):
     engine: Literal["local", "sglang"] = "local"
     """Who samples: in-process Hugging Face generation, or SGLang servers."""
@@ -165,6 +192,7 @@ class Rollout(Section):
     """Sequences that the local engine decodes at once."""
     questions_per_part: int = Field(default=256, ge=1)
     """Questions in one part of the trace store: the unit of resumption."""
+    servers: Servers = Servers()
     seed: int = 0
     """Every sample's own seed is derived from this, its question and its index."""
 

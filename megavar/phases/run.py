@@ -21,7 +21,7 @@ from megavar.data.templates import Encoder, resolve_templates
 from megavar.metrics import Metrics
 from megavar.parallel.groups import Groups, initialize
 from megavar.progress import Progress
-from megavar.rollout.engine import SamplingParams
+from megavar.rollout.engine import Engine, SamplingParams
 from megavar.runs import Phase, RunDirectory
 from megavar.trainer.model import Settings
 from megavar.verifiers import WorkerPool
@@ -47,6 +47,8 @@ class Run:
     posterior: Encoder
     verifiers: WorkerPool
     until: str | None
+    engine: Engine | None = None
+    engine_version: str = ""
 
     @classmethod
     def enter(cls, path: Path, *, until: str | None = None) -> Run:
@@ -90,6 +92,8 @@ class Run:
 
     def leave(self) -> None:
         """Close files and process groups; every rank calls it at the end."""
+        if self.engine is not None:
+            self.engine.close()
         self.verifiers.close()
         self.metrics.close()
         self.directory.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,11 @@ from megavar.data.records import Question, Role, Trace
 from megavar.data.store import PartStore
 from megavar.data.templates import Encoder
 from megavar.data.traces import IDS, TraceStore
+from megavar.phases.engines import engine_with, samplers
 from megavar.phases.run import OpenPhase, Run, digest_questions, sampling_seeds, total_over_ranks
 from megavar.rollout.engine import Completion, Engine, Request, SamplingParams
-from megavar.rollout.local import LocalEngine
+from megavar.rollout.sglang import SGLangEngine
 from megavar.runs import Phase
-from megavar.trainer.model import DTYPES
 
 ANSWERS = pa.schema(
     [
@@ -129,17 +128,6 @@ def sample_answers(
     return opened.phase
 
 
-def open_engine(run: Run, hf_directory: Path) -> Engine:
-    """The recipe's engine on the weights of a Hugging Face directory."""
-    return LocalEngine(
-        hf_directory,
-        dtype=DTYPES[run.recipe.model.dtype],
-        device=str(run.groups.device),
-        batch_size=run.recipe.rollout.batch_size,
-        version=hf_directory.parent.name,
-    )
-
-
 def stopping(params: SamplingParams, encoder: Encoder, *, whole: bool) -> SamplingParams:
     """Stop at the end of the answer, or of the thought: on the id where the marker is one token, else on its text."""
     ids = encoder.answer_end_ids if whole else encoder.thought_end_ids
@@ -161,27 +149,61 @@ def _by_parts(
 
     A part is one batch of requests by itself, so its bytes depend neither on the number of ranks nor on resumption.
     """
-    done = store.parts_done()
-    mine = [p for p in range(parts) if p % run.groups.world == run.groups.rank and p not in done]
-    engine: Engine | None = None
+    done, ranks = store.parts_done(), samplers(run)
+    mine = [p for p in range(parts) if p % ranks == run.groups.rank and p not in done]
+    # A server fleet takes all parts as one stream, so that no tail of a part leaves it idle. Batches of the
+    # in-process engine end with the part, so that its bytes depend neither on ranks nor on resumption.
+    streams = [[part] for part in mine] if run.recipe.rollout.engine == "local" else [mine]
     tokens, started = 0, time.perf_counter()
     with run.progress.phase(opened.phase.name, parts, "parts", done=len(done)) as task:
-        try:
-            for part in mine:
-                engine = engine or open_engine(run, weights.path / "hf")
-                asked = requests(part)
-                place = {r.id: n for n, r in enumerate(asked)}
-                completions = list(engine.generate(asked, params))
-                completions.sort(key=lambda c: (place[c.request_id], c.index))
+        for stream in streams:
+            if not stream:
+                continue
+            for part, asked, completions in _whole_parts(engine_with(run, weights), stream, requests, params):
                 tokens += sum(len(c.ids) for c in completions)
                 yield part, asked, completions
                 # Only the first rank shows progress; the others keep its pace.
-                task.advance(min(run.groups.world, parts - task.done))
-        finally:
-            if engine is not None:
-                engine.close()
+                task.advance(min(ranks, parts - task.done))
     total = total_over_ranks({"tokens": tokens})["tokens"]
     opened.metrics["rollout/tokens_per_second"] = total / max(time.perf_counter() - started, 1e-9)
+    if isinstance(run.engine, SGLangEngine):
+        opened.metrics |= run.engine.metrics()
+
+
+def _whole_parts(
+    engine: Engine, parts: Sequence[int], requests: Callable[[int], list[Request]], params: SamplingParams
+) -> Iterator[tuple[int, list[Request], list[Completion]]]:
+    """Generate all parts as one stream and yield each as soon as its last completion is there.
+
+    Holds the parts that are under way: as many as the engine keeps requests in flight.
+    """
+    asked: dict[int, list[Request]] = {}
+    found: dict[int, list[Completion]] = {}
+    part_of: dict[str, int] = {}
+    empty: list[int] = []
+
+    def stream() -> Iterator[Request]:
+        for part in parts:
+            wanted = requests(part)
+            if not wanted:
+                empty.append(part)
+                continue
+            asked[part], found[part] = wanted, []
+            part_of.update((request.id, part) for request in wanted)
+            yield from wanted
+
+    for completion in engine.generate(stream(), params):
+        part = part_of[completion.request_id]
+        found[part].append(completion)
+        if len(found[part]) == sum(len(request.seeds) for request in asked[part]):
+            wanted, completions = asked.pop(part), found.pop(part)
+            place = {request.id: n for n, request in enumerate(wanted)}
+            completions.sort(key=lambda c: (place[c.request_id], c.index))
+            for request in wanted:
+                del part_of[request.id]
+            yield part, wanted, completions
+    for part in empty:
+        yield part, [], []
 
 
 def _count(opened: OpenPhase, store: PartStore, id_columns: tuple[str, ...]) -> None:

@@ -123,9 +123,10 @@ def _score(
             mine = [p for p in parts if p % groups.dp == groups.dp_rank and p not in done]
             sums = {"tokens": 0.0, "gap": 0.0, "gap_tokens": 0.0, "traces": 0.0}
             worst, started = 0.0, time.perf_counter()
-            model = load_model(weights.path / "hf", groups, run.settings) if mine else None
             with run.progress.phase(name, len(parts), "parts", done=len(done)) as task:
+                model = None
                 for part in mine:
+                    model = model or load_model(weights.path / "hf", groups, run.settings)
                     closed = [t for t in source.iter_traces(parts=[part]) if t.closed]
                     examples = [example(t, questions[t.question_id]) for t in closed]
                     logprobs = score(
