@@ -8,20 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging as hf_logging
+from transformers import DynamicCache, PreTrainedModel
 
 from megavar.data.records import VersionSpan
 from megavar.errors import UserError
 from megavar.rollout.engine import Completion, Request, SamplingParams
+from megavar.rollout.loaded import LoadedModel
 from megavar.rollout.sampling import RowUniforms, sample
-from megavar.rollout.stops import StopTexts
 
 # Finished rows are dropped when they are this share of a batch: dropping copies the KV cache once.
 _COMPACT_SHARE = 8
@@ -58,47 +51,21 @@ class LocalEngine:
         self._device = torch.device(device)
         self._batch_size = batch_size
         self._closed = False
-        self._stops: dict[tuple[str, ...], StopTexts] = {}
         self.update_weights(hf_directory, version)
 
     def update_weights(self, hf_directory: Path, version: str) -> None:
         """Load another directory; on any failure the present weights stay. Holds two models for a moment.
 
-        Raises UserError when the directory does not hold a causal language model.
+        A batch that is being decoded, in this thread's suspended iterator or in another thread, ends with the
+        weights it began with. Raises UserError when the directory does not hold a causal language model.
         """
-        directory = Path(hf_directory)
-        if not (directory / "config.json").is_file():
-            raise UserError(f"{directory}: no config.json; give a Hugging Face model directory")
-        bar = hf_logging.is_progress_bar_enabled()
-        hf_logging.disable_progress_bar()
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=self._dtype, attn_implementation="sdpa", local_files_only=True
-            )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise UserError(
-                f"{directory}: transformers cannot load it as a causal language model: {error}"
-            ) from error
-        finally:
-            if bar:
-                hf_logging.enable_progress_bar()
-        model.eval().requires_grad_(False)
-        self._model: PreTrainedModel = model
-        torch.nn.Module.to(model, self._device)
-        self._directory = directory
-        self._version = version
-        self._limit: int = model.config.get_text_config().max_position_embeddings
-        self._vocabulary: int = model.get_output_embeddings().weight.shape[0]
-        self._tokenizer = _tokenizer(directory)
-        self._end_ids = _end_of_sequence(model, self._tokenizer)
-        self._stops.clear()
+        self._loaded = LoadedModel.load(Path(hf_directory), version, self._dtype, self._device)
 
     def close(self) -> None:
         """Release the model. Idempotent."""
         if not self._closed:
             self._closed = True
-            del self._model
-            self._stops.clear()
+            del self._loaded
 
     def generate(self, requests: Iterable[Request], params: SamplingParams) -> Iterator[Completion]:
         """Yield every completion once, batch by batch.
@@ -108,47 +75,34 @@ class LocalEngine:
         """
         if self._closed:
             raise RuntimeError("the engine is closed")
-        stops = self._stop_texts(params.stop)
+        self._loaded.stop_texts(params.stop)  # a missing tokenizer is told before long work
         rows = ((request, index) for request in requests for index in range(len(request.seeds)))
         while window := list(islice(rows, _WINDOW_BATCHES * self._batch_size)):
             for request in {id(request): request for request, _ in window}.values():
                 self._check(request, params)
             window.sort(key=lambda row: len(row[0].prompt_ids))  # stable: ties keep their order
             for start in range(0, len(window), self._batch_size):
-                yield from self._decode(window[start : start + self._batch_size], params, stops)
-
-    def _stop_texts(self, texts: tuple[str, ...]) -> StopTexts | None:
-        if not texts:
-            return None
-        if "" in texts:
-            raise UserError("an empty stop text would end every completion at once; remove it from `stop`")
-        if texts not in self._stops:
-            if self._tokenizer is None:
-                raise UserError(
-                    f"{self._directory}: stop texts need a tokenizer and there is none; "
-                    "put its files there or stop on token ids"
-                )
-            self._stops[texts] = StopTexts(self._tokenizer, texts, self._vocabulary)
-        return self._stops[texts]
-
-    def _context(self, params: SamplingParams) -> int:
-        return min(self._limit, params.context_length or self._limit)
+                loaded = self._loaded
+                yield from self._decode(loaded, window[start : start + self._batch_size], params)
 
     def _check(self, request: Request, params: SamplingParams) -> None:
-        length, context = len(request.prompt_ids), self._context(params)
+        loaded = self._loaded
+        length, context = len(request.prompt_ids), loaded.context(params)
         if not 0 < length < context:
             raise UserError(
                 f"request {request.id!r}: its prompt has {length} tokens; "
                 f"1 to {context - 1} fit in a context of {context}"
             )
-        if not 0 <= int(request.prompt_ids.min()) <= int(request.prompt_ids.max()) < self._vocabulary:
+        if not 0 <= int(request.prompt_ids.min()) <= int(request.prompt_ids.max()) < loaded.vocabulary:
             raise UserError(
-                f"request {request.id!r}: prompt ids must lie in [0, {self._vocabulary}); "
+                f"request {request.id!r}: prompt ids must lie in [0, {loaded.vocabulary}); "
                 "is it another model's tokenizer?"
             )
 
     @torch.inference_mode()
-    def _prefill(self, rows: list[tuple[Request, int]]) -> tuple[torch.Tensor, DynamicCache, np.ndarray]:
+    def _prefill(
+        self, model: PreTrainedModel, rows: list[tuple[Request, int]]
+    ) -> tuple[torch.Tensor, DynamicCache, np.ndarray]:
         """Run each distinct prompt once. Returns last logits [B, V], the cache of B rows, pads int64 [B]."""
         prompts: dict[int, tuple[int, np.ndarray]] = {}
         for request, _ in rows:
@@ -160,8 +114,8 @@ class LocalEngine:
         for number, prompt in prompts.values():
             ids[number, width - len(prompt) :] = prompt
             mask[number, width - len(prompt) :] = 1
-        cache = DynamicCache(config=self._model.config)
-        logits = self._model(
+        cache = DynamicCache(config=model.config)
+        logits = model(
             input_ids=torch.from_numpy(ids).to(self._device),
             attention_mask=torch.from_numpy(mask).to(self._device) if not mask.all() else None,
             position_ids=torch.from_numpy(np.maximum(mask.cumsum(1) - 1, 0)).to(self._device),
@@ -177,15 +131,16 @@ class LocalEngine:
 
     @torch.inference_mode()
     def _decode(
-        self, rows: list[tuple[Request, int]], params: SamplingParams, stops: StopTexts | None
+        self, loaded: LoadedModel, rows: list[tuple[Request, int]], params: SamplingParams
     ) -> list[Completion]:
         """Sample one batch to its end."""
-        logits, cache, pads = self._prefill(rows)
+        model, stops = loaded.model, loaded.stop_texts(params.stop)
+        logits, cache, pads = self._prefill(model, rows)
         lengths = np.array([len(request.prompt_ids) for request, _ in rows])
         width = int(lengths.max())
-        budgets = np.minimum(params.max_tokens, self._context(params) - lengths)
-        stop_ids = np.zeros(self._vocabulary, dtype=bool)
-        stop_ids[[token for token in (*params.stop_ids, *self._end_ids) if token < self._vocabulary]] = True
+        budgets = np.minimum(params.max_tokens, loaded.context(params) - lengths)
+        stop_ids = np.zeros(loaded.vocabulary, dtype=bool)
+        stop_ids[[token for token in (*params.stop_ids, *loaded.end_ids) if token < loaded.vocabulary]] = True
         seeds = [request.seeds[index] for request, index in rows]
         uniforms = RowUniforms(seeds) if params.temperature > 0 else None
 
@@ -202,7 +157,9 @@ class LocalEngine:
             tokens, scores = ids.cpu().numpy(), picked.cpu().numpy()
             if not np.isfinite(scores[live]).all():
                 bad = rows[active[live][~np.isfinite(scores[live])][0]][0].id
-                raise RuntimeError(f"{self._directory}: the model's logits are not finite at request {bad!r}")
+                raise RuntimeError(
+                    f"{loaded.directory}: the model's logits are not finite at request {bad!r}"
+                )
             if step == sampled.shape[1]:
                 sampled = np.concatenate([sampled, np.empty_like(sampled)], axis=1)
                 logprobs = np.concatenate([logprobs, np.empty_like(logprobs)], axis=1)
@@ -227,8 +184,8 @@ class LocalEngine:
                     ids, pads, active, live = ids[index], pads[kept], active[kept], live[kept]
                     if uniforms is not None:
                         uniforms.keep(kept)
-            logits = self._step(ids, cache, pads, width + step)
-        spans = [(VersionSpan(version=self._version, start=0, end=int(n)),) for n in lengths_out]
+            logits = self._step(model, ids, cache, pads, width + step)
+        spans = [(VersionSpan(version=loaded.version, start=0, end=int(n)),) for n in lengths_out]
         return [
             Completion(
                 request_id=request.id,
@@ -242,12 +199,14 @@ class LocalEngine:
             for row, (request, index) in enumerate(rows)
         ]
 
-    def _step(self, ids: torch.Tensor, cache: DynamicCache, pads: np.ndarray, total: int) -> torch.Tensor:
+    def _step(
+        self, model: PreTrainedModel, ids: torch.Tensor, cache: DynamicCache, pads: np.ndarray, total: int
+    ) -> torch.Tensor:
         """One token more: ids int64 [B], cache of total-1 positions. Returns logits [B, V]."""
         mask = None
         if pads.any():
             mask = torch.from_numpy(np.arange(total) >= pads[:, None]).to(self._device)
-        return self._model(
+        return model(
             input_ids=ids.unsqueeze(1),
             attention_mask=mask,
             position_ids=torch.from_numpy(total - 1 - pads).unsqueeze(1).to(self._device),
@@ -255,19 +214,3 @@ class LocalEngine:
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-
-
-def _tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
-    # Without its files transformers makes an empty tokenizer of the family instead of failing.
-    if not any(directory.glob("tokenizer*")):
-        return None
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-
-
-def _end_of_sequence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
-    """The ids that SGLang too stops on: of config.json, generation_config.json and the tokenizer."""
-    ids: set[int] = set()
-    for source in (model.config.get_text_config(), model.generation_config, tokenizer):
-        found = getattr(source, "eos_token_id", None)
-        ids.update([found] if isinstance(found, int) else found or [])
-    return frozenset(ids)

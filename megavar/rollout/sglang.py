@@ -14,7 +14,6 @@ from typing import Any
 
 import aiohttp
 import numpy as np
-from transformers import AutoTokenizer
 
 from megavar.data.records import VersionSpan
 from megavar.errors import UserError
@@ -158,7 +157,6 @@ class SGLangEngine:
     def update_weights(self, hf_directory: Path, version: str) -> None:
         """Pause, swap on every server, resume; requests in flight go on with the new weights."""
         self._servers.update_weights(Path(hf_directory), version, self._pause_mode)
-        self._stops.clear()
 
     def metrics(self) -> dict[str, float | list[int]]:
         """Of everything generated so far, under `rollout/`; with the servers' queue and running requests."""
@@ -180,19 +178,9 @@ class SGLangEngine:
         self._servers.close()
 
     def _stop_texts(self, texts: tuple[str, ...]) -> StopTexts | None:
-        if not texts:
-            return None
-        if "" in texts:
-            raise UserError("an empty stop text would end every completion at once; remove it from `stop`")
-        if texts not in self._stops:
-            if not any(self._tokenizer_directory.glob("tokenizer*")):
-                raise UserError(
-                    f"{self._tokenizer_directory}: stop texts need a tokenizer and there is none; "
-                    "give its directory or stop on token ids"
-                )
-            tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_directory, local_files_only=True)
-            self._stops[texts] = StopTexts(tokenizer, texts, max(self._info.vocabulary or 0, len(tokenizer)))
-        return self._stops[texts]
+        if texts and texts not in self._stops:
+            self._stops[texts] = StopTexts.load(self._tokenizer_directory, texts, self._info.vocabulary or 0)
+        return self._stops.get(texts)
 
     def _context(self, params: SamplingParams) -> int:
         return min(self._info.context_length, params.context_length or self._info.context_length)

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from megavar.errors import UserError
 
 _REPLACEMENT = "\ufffd"
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a Hugging Face directory, None without its files (transformers would make up an empty
+    tokenizer of the family)."""
+    if not any(directory.glob("tokenizer*")):
+        return None
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
 
 class StopTexts:
@@ -31,6 +42,19 @@ class StopTexts:
         self.may_complete = np.zeros(vocabulary, dtype=bool)
         """bool [V]: whether `completed` needs to be asked after this id."""
         self.may_complete[:known] = [not last.isdisjoint(piece) for piece in pieces]
+
+    @classmethod
+    def load(cls, directory: Path, texts: Sequence[str], vocabulary: int) -> StopTexts:
+        """With the tokenizer of `directory`. Raises UserError for an empty text or where there is none."""
+        if "" in texts:
+            raise UserError("an empty stop text would end every completion at once; remove it from `stop`")
+        tokenizer = load_tokenizer(directory)
+        if tokenizer is None:
+            raise UserError(
+                f"{directory}: stop texts need a tokenizer and there is none; "
+                "put its files there or stop on token ids"
+            )
+        return cls(tokenizer, texts, max(vocabulary, len(tokenizer)))
 
     def first(self, ids: np.ndarray) -> int | None:
         """Length of the shortest prefix of int [N] `ids` whose text holds a stop text, None without one."""

@@ -222,6 +222,6 @@ def test_bad_input_is_named(engine, tiny_model, tmp_path):
 
 def test_not_finite_logits_are_an_error(tiny_model):
     engine = LocalEngine(tiny_model)
-    engine._model.model.norm.weight.data.fill_(float("nan"))
+    engine._loaded.model.model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(RuntimeError, match="not finite"):
         list(engine.generate(requests(1, 1), SamplingParams(max_tokens=3)))

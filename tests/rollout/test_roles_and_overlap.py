@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+from rollout_helpers import by_key, requests
+
+from megavar.data.records import VersionSpan
+from megavar.errors import UserError
+from megavar.rollout.engine import SamplingParams
+from megavar.rollout.local import LocalEngine
+from megavar.rollout.overlap import Overlap, token_staleness
+from megavar.rollout.roles import RoleEngines
+
+PARAMS = SamplingParams(max_tokens=12)
+
+
+def versions(completions) -> set[str]:
+    return {span.version for c in completions for span in c.weight_spans}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_roles_on_one_engine_or_two(tiny_model, other_model, shared):
+    first = LocalEngine(tiny_model, version="none")
+    second = first if shared else LocalEngine(tiny_model, version="none")
+    roles = RoleEngines({"policy": first, "posterior": second})
+    roles.set_weights("policy", tiny_model, "policy-0")
+    roles.set_weights("posterior", other_model, "posterior-0")
+    plain = {"policy": LocalEngine(tiny_model), "posterior": LocalEngine(other_model)}
+    for role in ("policy", "posterior", "policy"):
+        done = by_key(roles.engine(role).generate(requests(3, 2), PARAMS))
+        assert versions(done.values()) == {f"{role}-0"}
+        for key, c in by_key(plain[role].generate(requests(3, 2), PARAMS)).items():
+            np.testing.assert_array_equal(c.ids, done[key].ids)
+    assert (roles.engine("policy") is roles.engine("posterior")) == shared
+    loaded = first._loaded
+    roles.engine("posterior" if shared else "policy")
+    assert first._loaded is loaded  # weights that are there are not loaded again
+    roles.set_weights("policy", other_model, "policy-1")
+    assert versions(roles.engine("policy").generate(requests(1, 1), PARAMS)) == {"policy-1"}
+    with pytest.raises(KeyError):
+        RoleEngines({"policy": first}).engine("posterior")
+    roles.close()
+    roles.close()
+
+
+def train_on_rollouts(models, staleness):
+    """Six steps with real sampling; step i swaps in version i+1. Returns what was seen and the metrics."""
+    engine = LocalEngine(models[0], version="v0")
+    batches = [requests(4, 2, seed=i) for i in range(6)]
+    seen = []
+
+    def rollout(batch):
+        return list(engine.generate(batch, PARAMS))
+
+    with Overlap(iter(batches), rollout, staleness=staleness) as stream:
+        for step, generated in enumerate(stream):
+            assert generated.index == step and generated.behind == step - generated.started
+            seen.append(generated)
+            time.sleep(0.05)  # the trainer works
+            engine.update_weights(models[(step + 1) % 2], f"v{step + 1}")
+    return seen, stream.metrics()
+
+
+def test_staleness_zero_is_the_synchronous_loop(tiny_model, other_model):
+    models = (tiny_model, other_model)
+    seen, metrics = train_on_rollouts(models, 0)
+    assert [versions(g.result) for g in seen] == [{f"v{i}"} for i in range(6)]
+    assert metrics["rollout/staleness_max"] == 0
+    for i, generated in enumerate(seen):
+        expected = LocalEngine(models[i % 2]).generate(requests(4, 2, seed=i), PARAMS)
+        for c, other in zip(expected, generated.result, strict=True):
+            np.testing.assert_array_equal(c.ids, other.ids)
+            np.testing.assert_array_equal(c.logprobs, other.logprobs)
+
+
+@pytest.mark.parametrize("staleness", [1, 3])
+def test_staleness_is_bounded_and_used(tiny_model, other_model, staleness):
+    seen, metrics = train_on_rollouts((tiny_model, other_model), staleness)
+    assert len(seen) == 6
+    order = {f"v{i}": i for i in range(7)}
+    for g in seen:
+        for c in g.result:
+            mean, worst = token_staleness(c.weight_spans, order, g.index)
+            assert 0 <= mean <= worst <= g.behind <= staleness
+    assert 0 < metrics["rollout/staleness_max"] == max(g.behind for g in seen) <= staleness
+
+
+def test_rollouts_do_not_run_further_ahead():
+    begun = []
+    with Overlap(range(100), lambda i: begun.append(i) or i, staleness=2) as stream:
+        steps = iter(stream)
+        for step in range(4):
+            assert next(steps).result == step
+            time.sleep(0.1)
+            assert begun == list(range(step + 3))
+    assert len(begun) <= 7 and threading.active_count() < 20
+
+
+def test_errors_and_early_ends_reach_the_consumer():
+    def rollout(i: int) -> int:
+        if i == 2:
+            raise ValueError("engine broke")
+        return i
+
+    got = []
+    with pytest.raises(ValueError, match="engine broke"):
+        with Overlap(range(5), rollout, staleness=1) as stream:
+            got.extend(g.result for g in stream)
+    assert got == [0, 1]
+    with Overlap([], rollout, staleness=0) as stream:
+        assert list(stream) == []
+    with pytest.raises(UserError, match="staleness"):
+        Overlap([], rollout, staleness=-1)
+
+
+def test_token_staleness_weighs_by_length():
+    spans = (VersionSpan(version="a", start=0, end=6), VersionSpan(version="b", start=6, end=8))
+    assert token_staleness(spans, {"a": 1, "b": 3}, 3) == (1.5, 2)
+    assert token_staleness((), {}, 5) == (0.0, 0)
