@@ -68,6 +68,7 @@ def offline_round(run: Run) -> list[dict[str, Any]]:
         count=recipe.rollout.traces,
         whole=False,
         params=run.sampling(recipe.rollout.max_thought_tokens),
+        seed=recipe.rollout.seed,
     )
 
     # 4. log pi_0(z|x) and log pi_0(y*|x,z);  5. log q(z|x,y')
@@ -96,11 +97,28 @@ def offline_round(run: Run) -> list[dict[str, Any]]:
         verdicts=verdicts,
     )
 
+    # for rejection sampling: the initial policy's own traces, whole
+    own = None
+    if any(arm.objective == "rft" for arm in recipe.arms):
+        whole = sample_traces(
+            run,
+            "own/traces",
+            weights=initial,
+            encoder=run.policy,
+            questions=run.train,
+            role="policy",
+            count=recipe.rollout.traces,
+            whole=True,
+            params=run.sampling(recipe.rollout.max_thought_tokens + recipe.rollout.max_answer_tokens),
+            seed=recipe.rollout.seed,
+        )
+        own = whole, verify_traces(run, "own/verdicts", traces=whole, questions=run.train)
+
     rows = [row(run, "initial", initial, data=None)]
     fit = same_steps(recipe, len(run.train))
     for arm in recipe.arms:
         # 8. weights rho~ turn traces into a training set;  9. the policy learns it
-        data = training_set(run, arm, initial, seen, proposals)
+        data = training_set(run, arm, seen, own, proposals)
         start = initial if recipe.warm_start == "initial" else None
         trained = fit_phase(run, f"arms/{arm.name}/fit", start=start, data=data, fit=fit)
         rows.append(row(run, arm.name, trained, data=data))
@@ -126,6 +144,7 @@ def fit_posterior(run: Run, initial: Phase) -> Phase:
             count=settings.traces,
             whole=False,
             params=run.sampling(rollout.max_thought_tokens),
+            seed=rollout.seed,
         )
         answers = sample_answers(
             run,
@@ -142,27 +161,17 @@ def fit_posterior(run: Run, initial: Phase) -> Phase:
     return fit_phase(run, "posterior/fit", start=None, data=data, fit=settings.fit)
 
 
-def training_set(run: Run, arm: Arm, initial: Phase, seen: Phase, proposals: Proposals) -> Phase:
-    """Phase 8 of one arm."""
-    name = f"arms/{arm.name}/data"
+def training_set(
+    run: Run, arm: Arm, seen: Phase, own: tuple[Phase, Phase] | None, proposals: Proposals
+) -> Phase:
+    """Phase 8 of one arm. `own`: the initial policy's traces and their verdicts."""
     if arm.objective == "sft":
         return seen
+    name = f"arms/{arm.name}/data"
     if arm.objective == "variational":
         return variational_training_set(run, name, arm, proposals)
-    rollout = run.recipe.rollout
-    own = sample_traces(
-        run,
-        "own/traces",
-        weights=initial,
-        encoder=run.policy,
-        questions=run.train,
-        role="policy",
-        count=rollout.traces,
-        whole=True,
-        params=run.sampling(rollout.max_thought_tokens + rollout.max_answer_tokens),
-    )
-    verdicts = verify_traces(run, "own/verdicts", traces=own, questions=run.train)
-    return rft_training_set(run, name, traces=own, verdicts=verdicts)
+    assert own is not None
+    return rft_training_set(run, name, traces=own[0], verdicts=own[1])
 
 
 def same_steps(recipe: Recipe, questions: int) -> Fit:

@@ -283,9 +283,11 @@ def _size(path: Path) -> int:
 
 
 def _files(path: Path) -> dict[str, int]:
-    files = (p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith("."))
-    names = ((p.relative_to(path).as_posix(), p.stat().st_size) for p in files)
-    return {name: size for name, size in names if name not in ("manifest.json", "phase.json")}
+    every = ((p.relative_to(path), p) for p in sorted(path.rglob("*")))
+    # What lies in a hidden directory is hidden too.
+    shown = ((name, p) for name, p in every if not any(part.startswith(".") for part in name.parts))
+    sizes = {name.as_posix(): p.stat().st_size for name, p in shown if p.is_file()}
+    return {name: size for name, size in sizes.items() if name not in ("manifest.json", "phase.json")}
 
 
 def _versions() -> dict[str, str]:

@@ -29,6 +29,7 @@ def evaluate(run: Run, name: str, *, weights: Phase) -> Accuracy:
             max_tokens=asked.max_tokens,
             context_length=run.recipe.rollout.context_length,
         ),
+        seed=asked.seed,
     )
     verdicts = verify_traces(run, f"{name}/verdicts", traces=traces, questions=run.held_out)
     scores: dict[str, list[float]] = {q.id: [] for q in run.held_out}

@@ -7,17 +7,16 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 
 from megavar.config.recipe import Fit
 from megavar.data.records import Question
 from megavar.data.templates import Encoder
 from megavar.data.training_set import Example, TrainingSet, write_training_set
 from megavar.models.hf_export import export_hf, verify_export
-from megavar.phases.run import Run, digest_questions
+from megavar.phases.run import Run
 from megavar.runs import Phase
 from megavar.trainer import checkpoint
-from megavar.trainer.fit import fit_model
+from megavar.trainer.fit import fit_model, num_steps
 from megavar.trainer.model import load_model
 
 TRAINING_SET = "train.arrow"
@@ -30,7 +29,8 @@ def dataset_training_set(
     config = {
         "template": dataclasses.asdict(encoder.template),
         "with_answer": with_answer,
-        "questions": digest_questions(questions),
+        "questions": run.digest(questions),
+        "model": run.base,
     }
     examples = (dataset_example(encoder, q, with_answer=with_answer) for q in questions)
     return write_training_phase(run, name, config=config, inputs=[], build=lambda _: examples)
@@ -76,20 +76,21 @@ def write_training_phase(
 def fit_phase(run: Run, name: str, *, start: Phase | None, data: Phase, fit: Fit) -> Phase:
     """Train on the data from `start` (None: the recipe's base model) and export to `<phase>/hf`."""
     trainer = run.recipe.trainer
-    source = run.recipe.model.path if start is None else start.path / "hf"
     config = {
         "fit": fit.model_dump(mode="json", exclude={"checkpoint_every"}),
         "seed": trainer.seed,
         "dtype": run.settings.dtype,
-        "model": str(run.recipe.model.path),
+        "model": run.base,
     }
     with run.phase(name, config=config, inputs=[data, *([start] if start else [])]) as opened:
+        checkpoints, opened.stepwise = opened.path / ".checkpoints", True
         if opened.todo:
-            model = load_model(source, run.groups, run.settings)
-            checkpoints = opened.path / ".checkpoints"
+            model = load_model(start.path / "hf" if start else run.recipe.model.path, run.groups, run.settings)
+            training_set = TrainingSet(data.path / TRAINING_SET)
             resumed = checkpoint.latest_step(checkpoints) or 0
-            run.metrics.rewind(name, resumed)
-            with run.progress.phase(name, fit.steps, "steps", done=resumed) as task:
+            run.metrics.rewind(name, resumed if resumed else -1)
+            steps = num_steps(fit, training_set.num_questions)
+            with run.progress.phase(name, steps, "steps", done=resumed) as task:
 
                 def report(step: int, steps: int, metrics: dict[str, float]) -> None:
                     run.metrics.log(name, step, metrics)
@@ -97,9 +98,10 @@ def fit_phase(run: Run, name: str, *, start: Phase | None, data: Phase, fit: Fit
 
                 result = fit_model(
                     model,
-                    TrainingSet(data.path / TRAINING_SET),
+                    training_set,
                     fit,
-                    tokens_per_micro_batch=trainer.tokens_per_micro_batch,
+                    # A longer example gets a micro-batch of its own.
+                    tokens_per_micro_batch=max(trainer.tokens_per_micro_batch, training_set.longest()),
                     seed=trainer.seed,
                     checkpoints=checkpoints,
                     report=report,
@@ -109,8 +111,9 @@ def fit_phase(run: Run, name: str, *, start: Phase | None, data: Phase, fit: Fit
             )
             if run.groups.is_main:
                 verify_export(opened.path / "hf")
-                checkpoint.remove(checkpoints)
-            dist.barrier()
             opened.counts = {"steps": result.steps}
             opened.metrics = {"train/final_loss": result.loss}
+    # Only now: killed before the manifest is there, the phase goes on from its newest checkpoint.
+    if run.groups.is_main:
+        checkpoint.remove(checkpoints)
     return opened.phase

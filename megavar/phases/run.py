@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from megavar.config.recipe import Recipe
 from megavar.data.questions import load_questions
 from megavar.data.records import Question
 from megavar.data.templates import Encoder, resolve_templates
+from megavar.errors import UserError
 from megavar.metrics import Metrics
 from megavar.parallel.groups import Groups, initialize
+from megavar.phases.identity import digest_model, digest_questions
 from megavar.progress import Progress
 from megavar.rollout.engine import Engine, SamplingParams
 from megavar.runs import Phase, RunDirectory
@@ -47,6 +49,11 @@ class Run:
     posterior: Encoder
     verifiers: WorkerPool
     until: str | None
+    base: str
+    """Names the bytes of the base model."""
+    finished: set[str] = field(default_factory=set)
+    """Phases passed so far."""
+    _digests: dict[int, str] = field(default_factory=dict)
     engine: Engine | None = None
     engine_version: str = ""
 
@@ -60,6 +67,8 @@ class Run:
         groups = initialize(tp=trainer.tp, pp=trainer.pp, seed=trainer.seed)
         tokenizer = AutoTokenizer.from_pretrained(recipe.model.path, local_files_only=True)
         policy, posterior = (Encoder(t, tokenizer) for t in resolve_templates(recipe.templates))
+        base = [digest_model(recipe.model.path, path / ".model.json") if writer else ""]
+        dist.broadcast_object_list(base)
         return cls(
             directory=directory,
             recipe=recipe,
@@ -78,6 +87,7 @@ class Run:
             posterior=posterior,
             verifiers=WorkerPool(trainer.threads),
             until=until,
+            base=base[0],
         )
 
     def sampling(self, max_tokens: int) -> SamplingParams:
@@ -105,38 +115,51 @@ class Run:
         size = self.recipe.rollout.questions_per_part
         return [questions[i : i + size] for i in range(0, len(questions), size)]
 
+    def digest(self, questions: Sequence[Question]) -> str:
+        """Names what the questions say. `questions`: `train` or `held_out`, which are read once."""
+        if id(questions) not in self._digests:
+            self._digests[id(questions)] = digest_questions(questions)
+        return self._digests[id(questions)]
+
     @contextmanager
     def phase(
         self, name: str, *, config: Mapping[str, Any], inputs: Sequence[Phase] = ()
     ) -> Iterator[OpenPhase]:
         """Open a phase; the block does the work unless `todo` is false, and sets `counts` and `metrics`.
 
-        Raises StopRun after the phase named by `until`.
+        Raises StopRun where the phase named by `until` is behind us.
         """
+        if self.until in self.finished:
+            raise StopRun
         phase = self.directory.phase(name, config=config, inputs=inputs)
+        # Every rank looks before any begins to work: a file that one restores must not look finished to another.
+        opened = OpenPhase(phase=phase, todo=not phase.done)
         dist.barrier()
-        opened = OpenPhase(phase=phase, todo=not phase.done, counts={}, metrics={})
         if not opened.todo:
-            manifest = phase.manifest or {}
-            opened.counts, opened.metrics = manifest["counts"], manifest["metrics"]
-            self.progress.already(name, manifest["seconds"])
-        yield opened
+            self.progress.already(name, (phase.manifest or {})["seconds"])
+        try:
+            yield opened
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
         if opened.todo:
             dist.barrier()
             phase.finish(opened.counts, opened.metrics)
-            self.metrics.log(name, 0, {k: v for k, v in opened.metrics.items() if "/" in k})
+            if not opened.stepwise:
+                self.metrics.rewind(name)
+                self.metrics.log(name, 0, opened.metrics)
         # The next phase reads this one's manifest.
         dist.barrier()
-        if name == self.until:
-            raise StopRun
+        self.finished.add(name)
 
 
 @dataclass(slots=True, kw_only=True)
 class OpenPhase:
     phase: Phase
     todo: bool
-    counts: dict[str, int]
-    metrics: dict[str, Any]
+    counts: dict[str, int] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    stepwise: bool = False
+    """The block logs metrics itself, step by step; otherwise `metrics` are logged at the end."""
 
     @property
     def path(self) -> Path:
@@ -148,14 +171,6 @@ def sampling_seeds(seed: int, purpose: str, key: str, count: int) -> tuple[int, 
     digest = hashlib.blake2b(f"{seed}:{purpose}:{key}".encode(), digest_size=8).digest()
     first = int.from_bytes(digest, "little")
     return tuple((first + k) % 2**31 for k in range(count))
-
-
-def digest_questions(questions: Sequence[Question]) -> str:
-    """Names what the questions say: part of the hash of each phase that reads them."""
-    digest = hashlib.blake2b(digest_size=16)
-    for q in questions:
-        digest.update("\0".join((q.id, q.prompt, q.answer, q.solution, q.trace or "", q.verifier)).encode())
-    return digest.hexdigest()
 
 
 def total_over_ranks(values: Mapping[str, float]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from megavar.data.store import PartStore
 from megavar.data.templates import Encoder
 from megavar.data.traces import IDS, TraceStore
 from megavar.phases.engines import engine_with, samplers
-from megavar.phases.run import OpenPhase, Run, digest_questions, sampling_seeds, total_over_ranks
+from megavar.phases.run import OpenPhase, Run, sampling_seeds, total_over_ranks
 from megavar.rollout.engine import Completion, Engine, Request, SamplingParams
 from megavar.rollout.sglang import SGLangEngine
 from megavar.runs import Phase
@@ -53,6 +53,7 @@ def sample_traces(
     count: int,
     whole: bool,
     params: SamplingParams,
+    seed: int,
 ) -> Phase:
     """Sample `count` traces per question with the model in `weights`; `whole` goes on to the end of the answer.
 
@@ -60,10 +61,11 @@ def sample_traces(
     """
     config = {
         "params": asdict(params),
-        "template": encoder.template.prompt + encoder.template.thought_end + encoder.template.answer_end,
+        "template": asdict(encoder.template),
         "count": count,
         "whole": whole,
-        "questions": digest_questions(questions),
+        "seed": seed,
+        "questions": run.digest(questions),
         **_engine_config(run),
     }
     with run.phase(name, config=config, inputs=[weights]) as opened:
@@ -75,7 +77,7 @@ def sample_traces(
                     Request(
                         id=q.id,
                         prompt_ids=encoder.prompt_ids(q),
-                        seeds=sampling_seeds(run.recipe.rollout.seed, role, q.id, count),
+                        seeds=sampling_seeds(seed, role, q.id, count),
                     )
                     for q in parts[part]
                 ]
@@ -97,11 +99,12 @@ def sample_answers(
     run: Run, name: str, *, weights: Phase, traces: Phase, count: int, params: SamplingParams
 ) -> Phase:
     """`count` answers after every closed trace: y ~ pi(. | x, z, answer_start), for the accuracy estimator."""
-    encoder = run.policy
+    encoder, seed = run.policy, run.recipe.rollout.seed
     config = {
         "params": asdict(params),
         "count": count,
-        "template": encoder.template.prompt + encoder.template.answer_start + encoder.template.answer_end,
+        "template": asdict(encoder.template),
+        "seed": seed,
         **_engine_config(run),
     }
     with run.phase(name, config=config, inputs=[weights, traces]) as opened:
@@ -116,7 +119,7 @@ def sample_answers(
                         key = f"{trace.question_id}/{trace.index}"
                         prompt = encoder.prompt_ids(questions[trace.question_id])
                         ids = np.concatenate([prompt, trace.thought_ids, encoder.answer_start_ids])
-                        seeds = sampling_seeds(run.recipe.rollout.seed, "answer", key, count)
+                        seeds = sampling_seeds(seed, "answer", key, count)
                         asked.append(Request(id=key, prompt_ids=ids, seeds=seeds))
                 return asked
 
@@ -164,7 +167,8 @@ def _by_parts(
                 yield part, asked, completions
                 # Only the first rank shows progress; the others keep its pace.
                 task.advance(min(ranks, parts - task.done))
-    total = total_over_ranks({"tokens": tokens})["tokens"]
+        total = total_over_ranks({"tokens": tokens})["tokens"]
+        task.advance(parts - task.done)
     opened.metrics["rollout/tokens_per_second"] = total / max(time.perf_counter() - started, 1e-9)
     if isinstance(run.engine, SGLangEngine):
         opened.metrics |= run.engine.metrics()
@@ -227,10 +231,8 @@ def _count(opened: OpenPhase, store: PartStore, id_columns: tuple[str, ...]) -> 
 
 
 def _engine_config(run: Run) -> dict[str, Any]:
-    """What decides which bytes an engine samples."""
-    return run.recipe.rollout.model_dump(
-        mode="json", include={"engine", "batch_size", "questions_per_part", "seed"}
-    )
+    """What decides, beside the request, which bytes an engine samples."""
+    return run.recipe.rollout.model_dump(mode="json", include={"engine", "batch_size", "questions_per_part"})
 
 
 def _trace(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
+import torch.distributed as dist
 
 from megavar.data.records import Question, Trace
 from megavar.data.store import PartStore
-from megavar.data.traces import LOGPROBS
+from megavar.data.traces import LOGPROBS, TraceStore
 from megavar.data.training_set import Example
-from megavar.phases.run import Run, digest_questions, largest_over_ranks, total_over_ranks
+from megavar.phases.run import OpenPhase, Run, largest_over_ranks, total_over_ranks
 from megavar.phases.sampling import answer_store, trace_store
 from megavar.runs import Phase
 from megavar.trainer.model import load_model
@@ -31,9 +33,11 @@ VERDICTS = pa.schema(
         *_KEY,
         pa.field("answer_index", pa.int32(), nullable=False),
         pa.field("score", pa.float64(), nullable=False),
+        pa.field("outcome", pa.string(), nullable=False),
     ]
 )
-"""Verifier scores in [0, 1]; `answer_index` is 0 for a trace's own answer."""
+"""Verifier scores in [0, 1]; `answer_index` is 0 for a trace's own answer. `outcome` is "verified", "timed_out" or
+why there is no verdict; the latter two score 0."""
 
 
 def policy_score_store(phase: Phase) -> PartStore:
@@ -111,9 +115,7 @@ def _score(
     config = {
         "temperature": temperature,
         "dtype": run.settings.dtype,
-        "policy": run.policy.template.prompt
-        + run.policy.template.answer_start
-        + run.policy.template.answer_end,
+        "template": asdict(run.policy.template),
     }
     with run.phase(name, config=config, inputs=[weights, traces]) as opened:
         if opened.todo:
@@ -121,12 +123,10 @@ def _score(
             questions = {q.id: q for q in run.train}
             parts, done = sorted(source.parts_done()), store.parts_done()
             mine = [p for p in parts if p % groups.dp == groups.dp_rank and p not in done]
-            sums = {"tokens": 0.0, "gap": 0.0, "gap_tokens": 0.0, "traces": 0.0}
-            worst, started = 0.0, time.perf_counter()
+            tokens, started = 0, time.perf_counter()
+            model = load_model(weights.path / "hf", groups, run.settings) if mine else None
             with run.progress.phase(name, len(parts), "parts", done=len(done)) as task:
-                model = None
                 for part in mine:
-                    model = model or load_model(weights.path / "hf", groups, run.settings)
                     closed = [t for t in source.iter_traces(parts=[part]) if t.closed]
                     examples = [example(t, questions[t.question_id]) for t in closed]
                     logprobs = score(
@@ -137,25 +137,36 @@ def _score(
                     )
                     # One rank of each tensor- and pipeline-parallel group writes.
                     if logprobs is not None and groups.tp_rank == 0:
-                        scored = list(zip(closed, logprobs, strict=True))
-                        store.write_part(part, rows(scored))
-                        sums["traces"] += len(scored)
-                        sums["tokens"] += sum(len(e.ids) for e in examples)
-                        if proposal and scored:
-                            gaps = np.concatenate([np.abs(lp - t.thought_logprobs) for t, lp in scored])
-                            sums["gap"] += float(gaps.sum())
-                            sums["gap_tokens"] += gaps.size
-                            worst = max(worst, float(gaps.max(initial=0)))
+                        store.write_part(part, rows(list(zip(closed, logprobs, strict=True))))
+                        tokens += sum(len(e.ids) for e in examples)
                     task.advance(min(groups.dp, len(parts) - task.done))
-            totals = total_over_ranks(sums)
-            opened.counts = {"traces": int(totals["traces"])}
-            opened.metrics["perf/scored_tokens_per_second"] = totals["tokens"] / (
-                time.perf_counter() - started
-            )
+                total = total_over_ranks({"tokens": tokens})["tokens"]
+                task.advance(len(parts) - task.done)
+            opened.metrics["perf/scored_tokens_per_second"] = total / (time.perf_counter() - started)
+            # All parts, those of an earlier, killed process too.
+            shared = [p for p in parts if p % groups.world == groups.rank]
             if proposal:
-                opened.metrics["rollout/logprob_gap_mean"] = totals["gap"] / max(totals["gap_tokens"], 1)
-                opened.metrics["rollout/logprob_gap_max"] = largest_over_ranks(worst)
+                _compare(opened, store, source, shared)
+            rows_of = {"traces": sum(b.num_rows for b in store.iter_batches(["index"], parts=shared))}
+            opened.counts = {k: int(v) for k, v in total_over_ranks(rows_of).items()}
     return opened.phase
+
+
+def _compare(opened: OpenPhase, store: PartStore, source: TraceStore, parts: Sequence[int]) -> None:
+    """How far the trainer's log-probs of the thoughts lie from the engine's, over all ranks' parts."""
+    sums, worst = {"gap": 0.0, "tokens": 0.0}, 0.0
+    for part in parts:
+        scored = store.read_keyed(["thought"], parts=[part])
+        for trace in source.iter_traces(parts=[part]):
+            if trace.closed:
+                ours = np.asarray(scored[(trace.question_id, trace.index)]["thought"], np.float32)
+                gaps = np.abs(ours - trace.thought_logprobs)
+                sums["gap"] += float(gaps.sum())
+                sums["tokens"] += gaps.size
+                worst = max(worst, float(gaps.max(initial=0)))
+    totals = total_over_ranks(sums)
+    opened.metrics["rollout/logprob_gap_mean"] = totals["gap"] / max(totals["tokens"], 1)
+    opened.metrics["rollout/logprob_gap_max"] = largest_over_ranks(worst)
 
 
 def verify_answers(run: Run, name: str, *, answers: Phase) -> Phase:
@@ -190,11 +201,11 @@ def _verify(
     questions: list[Question],
 ) -> Phase:
     groups, by_id = run.groups, {q.id: q for q in questions}
-    with run.phase(name, config={"questions": digest_questions(questions)}, inputs=[answers]) as opened:
+    config = {"questions": run.digest(questions), "template": asdict(run.policy.template)}
+    with run.phase(name, config=config, inputs=[answers]) as opened:
         if opened.todo:
             store = verdict_store(opened.phase)
             parts, done = sorted(source.parts_done()), store.parts_done()
-            sums = {"failed": 0, "timed_out": 0}
             with run.progress.phase(name, len(parts), "parts", done=len(done)) as task:
                 for part in parts:
                     if part % groups.world != groups.rank or part in done:
@@ -207,22 +218,32 @@ def _verify(
                         part,
                         (
                             {
-                                "question_id": q,
-                                "index": k,
-                                "answer_index": n,
-                                "score": verdicts.scores[(q, k, n)],
+                                "question_id": key[0],
+                                "index": key[1],
+                                "answer_index": key[2],
+                                "score": verdicts.scores[key],
+                                "outcome": verdicts.outcomes[key],
                             }
-                            for (q, k, n), _, _ in items
+                            for key, _, _ in items
                         ),
                     )
-                    sums["failed"] += verdicts.failed
-                    sums["timed_out"] += verdicts.timed_out
                     task.advance(min(groups.world, len(parts) - task.done))
-            totals = total_over_ranks(sums)
+                dist.barrier()
+                task.advance(len(parts) - task.done)
             if opened.phase.writer:
-                scores = store.read_table(["score"])["score"].to_numpy()
-                opened.counts = {"answers": len(scores), **{k: int(v) for k, v in totals.items()}}
-                opened.metrics["eval/correct"] = (
-                    float(np.mean([is_correct(x) for x in scores])) if len(scores) else 0.0
-                )
+                _count_verdicts(opened, store)
     return opened.phase
+
+
+def _count_verdicts(opened: OpenPhase, store: PartStore) -> None:
+    """Counts of the whole store, streamed."""
+    counts = dict.fromkeys(("answers", "correct", "failed", "timed_out"), 0)
+    for batch in store.iter_batches(["score", "outcome"]):
+        outcomes = batch["outcome"].to_pylist()
+        verified, late = outcomes.count("verified"), outcomes.count("timed_out")
+        counts["answers"] += len(outcomes)
+        counts["correct"] += sum(map(is_correct, batch["score"].to_pylist()))
+        counts["timed_out"] += late
+        counts["failed"] += len(outcomes) - verified - late
+    opened.counts = counts
+    opened.metrics["eval/correct"] = counts["correct"] / max(counts["answers"], 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from megavar.objectives.estimators import log_accuracy, log_gml, log_likelihood,
 from megavar.objectives.posterior import forward_kl_weights
 from megavar.objectives.weights import ScoredTraces, TraceWeights, summarise, weigh
 from megavar.phases.fitting import dataset_example, write_training_phase
-from megavar.phases.run import Run, digest_questions
+from megavar.phases.run import Run
 from megavar.phases.sampling import answer_store, trace_store
 from megavar.phases.scoring import policy_score_store, posterior_score_store, verdict_store
 from megavar.runs import Phase
@@ -65,7 +65,8 @@ def variational_training_set(run: Run, name: str, arm: Arm, proposals: Proposals
     config = {
         "arm": arm.model_dump(mode="json", exclude={"name"}),
         "seed": seed,
-        "questions": digest_questions(run.train),
+        "template": asdict(run.policy.template),
+        "questions": run.digest(run.train),
     }
 
     def build(metrics: dict[str, Any]) -> Iterator[Example]:
@@ -113,7 +114,7 @@ def rft_training_set(run: Run, name: str, *, traces: Phase, verdicts: Phase) -> 
 
 def forward_kl_training_set(run: Run, name: str, *, traces: Phase, answers: Phase, verdicts: Phase) -> Phase:
     """The policy's own thoughts under the posterior's prompt, weighted by self-normalised accuracy (Eq. 9)."""
-    config = {"template": run.posterior.template.prompt, "questions": digest_questions(run.train)}
+    config = {"template": asdict(run.posterior.template), "questions": run.digest(run.train)}
 
     def build(metrics: dict[str, Any]) -> Iterator[Example]:
         weighed: list[TraceWeights] = []

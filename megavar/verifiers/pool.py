@@ -43,11 +43,13 @@ class Verdicts:
     """Items whose verifier raised or died; they score 0."""
     timed_out: int = 0
     """Items stopped at the time limit; they score 0."""
+    outcomes: dict[Hashable, str] = field(default_factory=dict)
+    """Key -> "verified", "timed_out", or the message of what failed."""
     errors: Counter[str] = field(default_factory=Counter)
     """Messages of the failed, with how often each came."""
 
     def add(self, key: Hashable, outcome: str, score: float) -> None:
-        self.scores[key] = score
+        self.scores[key], self.outcomes[key] = score, outcome
         if outcome == "verified":
             self.verified += 1
         elif outcome == "timed_out":
