@@ -74,23 +74,19 @@ def _run(args: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
     if args.dry_run:
         print(dump_recipe(recipe), end="")
         return 0
-    rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
-    if (rank is None) != (world is None):
-        raise UserError("RANK and WORLD_SIZE: set both (as torchrun does) or neither")
-    if world is not None and int(world) != recipe.trainer.ranks:
-        raise UserError(f"trainer.ranks is {recipe.trainer.ranks}, but {world} processes were started")
+    from megavar.launch import launch, place_of
+
+    rank = place_of(recipe.trainer.ranks, "trainer.ranks")
     from megavar import preflight
     from megavar.runs import RunDirectory
 
-    preflight.check(recipe)
-    with RunDirectory.open(recipe, force=args.force, writer=rank in (None, "0")):
+    preflight.check(recipe, until=args.until)
+    with RunDirectory.open(recipe, force=args.force, writer=rank in (None, 0)):
         if rank is not None:
             from megavar import rounds
 
             rounds.main(recipe.out, until=args.until)
             return 0
-        from megavar.launch import launch
-
         ranks, threads = recipe.trainer.ranks, recipe.trainer.threads
         return launch(recipe.out, ranks=ranks, threads=threads, until=args.until, module="megavar.rounds")
 
@@ -152,9 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--temperature", type=_float_from_zero, help="0 is greedy")
     evaluate.add_argument("--top-p", type=_fraction, help="nucleus of sampling")
     evaluate.add_argument("--max-tokens", type=_positive_int, help="thought and answer together")
-    evaluate.add_argument("--seed", type=int, help="of questions (gym) and completions")
+    evaluate.add_argument("--seed", type=int, help="of completions, and of the questions of gym:NAME")
     evaluate.add_argument("--out", type=Path, help=".jsonl or .parquet: every completion with its verdict")
-    _dtype(evaluate)
+    _dtype(evaluate, default=None)
 
     export = verb("export", "Write a trained model as a complete Hugging Face directory.")
     export.add_argument("source", type=Path, metavar="RUN_DIR|CHECKPOINT", help="run or Megatron checkpoint")
@@ -165,22 +161,23 @@ def _parser() -> argparse.ArgumentParser:
     bring = verb("import", "Write a Hugging Face model as a Megatron checkpoint.")
     bring.add_argument("model", type=Path, metavar="HF_DIR", help="Hugging Face directory")
     bring.add_argument("out", type=Path, metavar="OUT", help="new or empty directory")
-    _layout(bring)
+    _layout(bring, dtype=None)
 
     show = verb("show", "What a run directory holds: its phases, and the table of its arms.")
     show.add_argument("run", type=Path, metavar="RUN_DIR")
     return top
 
 
-def _layout(parser: argparse.ArgumentParser) -> None:
+def _layout(parser: argparse.ArgumentParser, *, dtype: str | None = "bfloat16") -> None:
     parser.add_argument("--tp", type=_positive_int, default=1, help="tensor parallelism")
     parser.add_argument("--pp", type=_positive_int, default=1, help="pipeline parallelism")
     parser.add_argument("--ranks", type=_positive_int, help="processes; tp * pp when left out")
-    _dtype(parser)
+    _dtype(parser, default=dtype)
 
 
-def _dtype(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+def _dtype(parser: argparse.ArgumentParser, *, default: str | None) -> None:
+    text = f"of parameters and activations; {default or 'that of the weights'} when left out"
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=default, help=text)
 
 
 def _positive_int(text: str) -> int:

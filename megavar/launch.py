@@ -1,6 +1,6 @@
-"""Starts the ranks of a run on this machine and tells the user what went wrong in one of them, once.
+"""Starts the ranks of a command on this machine and tells the user what went wrong in one of them, once.
 
-`megavar run` -> agent (`python -m megavar.launch agent`, torchrun's own agent) -> ranks (`... rank`). Each
+`megavar run`, `score`, ... -> agent (`python -m megavar.launch agent`, torchrun's own) -> ranks (`... rank`). Each
 process dies with the one that started it, so nothing survives a killed command. A rank hands its error to the
 agent in the file that torchrun provides; the agent prints the first one instead of torchrun's summary of all.
 """
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -31,18 +32,35 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
 
-def launch(run_dir: Path, *, ranks: int, threads: int, until: str | None, module: str) -> int:
-    """Run `module.main(run_dir, until=until)` in `ranks` processes with `threads` CPU threads each.
+def place_of(ranks: int, setting: str) -> int | None:
+    """This process's rank where torchrun or srun has started the ranks; None where `launch` is to start them.
 
-    Returns the exit status: 0, 2 after a UserError, 1 after another error, 128 + N after signal N. SIGINT and
-    SIGTERM stop the ranks; a second one kills them. Every descendant of this process is gone on return.
+    Raises UserError where as many as `ranks`, the value of `setting`, were not started.
+    """
+    rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if (rank is None) != (world is None):
+        raise UserError("RANK and WORLD_SIZE: set both (as torchrun does) or neither")
+    if rank is None or world is None:
+        return None
+    if int(world) != ranks:
+        raise UserError(f"{setting} is {ranks}, but {world} processes were started")
+    return int(rank)
+
+
+def launch(path: Path, *, ranks: int, threads: int, module: str, **arguments: Any) -> int:
+    """Run `module.main(path, **arguments)` in `ranks` processes with `threads` CPU threads each.
+
+    The arguments must be JSON-serialisable. Returns the exit status: 0, 2 after a UserError, 1 after another
+    error, 128 + N after signal N. SIGINT and SIGTERM stop the ranks; a second one kills them. Every descendant
+    of this process is gone on return.
     """
     import psutil
 
     # What a dying rank leaves behind (engine servers) becomes our child, and is found below.
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    words = ["agent", str(ranks), module, str(path), json.dumps(arguments)]
     agent = subprocess.Popen(
-        [sys.executable, "-m", "megavar.launch", "agent", str(ranks), module, str(run_dir), until or ""],
+        [sys.executable, "-m", "megavar.launch", *words],
         env={**os.environ, "OMP_NUM_THREADS": str(threads), _PARENT: str(os.getpid())},
         start_new_session=True,
     )
@@ -68,7 +86,7 @@ def launch(run_dir: Path, *, ranks: int, threads: int, until: str | None, module
     return 128 - status if status < 0 else status
 
 
-def _agent(ranks: str, module: str, run_dir: str, until: str) -> int:
+def _agent(ranks: str, module: str, path: str, arguments: str) -> int:
     _die_with_parent(signal.SIGTERM)
     logging.disable(logging.ERROR)  # torchrun's own account of a failure; ours is printed below
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -76,7 +94,7 @@ def _agent(ranks: str, module: str, run_dir: str, until: str) -> int:
     from torch.distributed.run import parse_args, run
 
     os.environ[_PARENT] = str(os.getpid())
-    workers = ["-m", "megavar.launch", "rank", module, run_dir, until]
+    workers = ["-m", "megavar.launch", "rank", module, path, arguments]
     try:
         run(parse_args(["--standalone", "--nproc-per-node", ranks, *workers]))
     except ChildFailedError as error:
@@ -113,11 +131,14 @@ def _report(error: ChildFailedError) -> int:
     return failure.exitcode
 
 
-def _rank(module: str, run_dir: str, until: str) -> NoReturn:
+def _rank(module: str, path: str, arguments: str) -> NoReturn:
     _die_with_parent(signal.SIGKILL)
+    # What libraries say of their own interfaces is for us, not for the user of a command.
+    warnings.filterwarnings("ignore", module=r"(torch|megatron)\b")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
     status = 0
     try:
-        importlib.import_module(module).main(Path(run_dir), until=until or None)
+        importlib.import_module(module).main(Path(path), **json.loads(arguments))
     except UserError as error:
         status = 2
         _hand_over(str(error), user=True)

@@ -1,0 +1,1 @@
+"""The verbs beside `run` and `show`: each module's `run(args)` is one, and returns its exit status."""

@@ -1,0 +1,153 @@
+"""`megavar export RUN_DIR|CHECKPOINT OUT`: a trained model as a complete Hugging Face directory, reloaded as a check.
+
+A run holds its models as such directories already: they are copied file by file, without Megatron. A checkpoint of
+`megavar import` is loaded by as many ranks as wrote it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from megavar.commands.checkpoint import COMPANIONS, MANIFEST, WEIGHTS, Manifest, copy_companions, load_weights
+from megavar.commands.ranks import check_new_directory, run_on_ranks
+from megavar.config.load import load_recipe
+from megavar.data.suggest import did_you_mean
+from megavar.errors import UserError
+from megavar.launch import place_of
+from megavar.models.architecture import read_architecture
+from megavar.models.hf_files import INDEX, SINGLE, StoredTensor, check_hf_directory
+from megavar.runs import phase_status
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write and check `args.out`; raises UserError for bad input."""
+    source, out, limit = args.source, args.out, int(args.shard_gib * 2**30)
+    if (source / "recipe.toml").is_file():
+        found = arm_directory(source, args.arm)
+        check_new_directory(out)
+        copy_model(found, out, max_shard_bytes=limit)
+    elif (source / MANIFEST).is_file():
+        if args.arm is not None:
+            raise UserError(
+                f"--arm {args.arm}: {source} is a checkpoint, it holds one model; leave --arm out"
+            )
+        manifest = Manifest.read(source)
+        check_new_directory(out)
+        ranks = manifest.tp * manifest.pp
+        status = run_on_ranks("megavar.commands.export", source, ranks=ranks, out=str(out), limit=limit)
+        if status or place_of(ranks, "--ranks") not in (None, 0):
+            return status
+        _reload(out)
+    else:
+        raise UserError(
+            f"{source} is neither a run directory (recipe.toml) nor a checkpoint of `megavar import` ({MANIFEST})"
+        )
+    files = sorted(out.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files) / 2**30
+    print(f"{out}: {len(files)} safetensors files, {size:.3g} GiB; transformers loads every weight")
+    return 0
+
+
+def arm_directory(run_directory: Path, name: str | None) -> Path:
+    """The Hugging Face directory of a finished fit: `initial`, `posterior` or an arm's name.
+
+    None is the arm of a run that has one. Raises UserError for an unknown or unfinished one.
+    """
+    arms = [arm.name for arm in load_recipe(run_directory / "recipe.toml").arms]
+    if name is None:
+        if len(arms) != 1:
+            raise UserError(f"{run_directory} has several arms; choose one by --arm: {', '.join(arms)}")
+        name = arms[0]
+    phases = {"initial": "initial/fit", "posterior": "posterior/fit"} | {a: f"arms/{a}/fit" for a in arms}
+    if name not in phases:
+        raise UserError(f"--arm {name}: {run_directory} has no such arm; {did_you_mean(name, phases)}")
+    phase = run_directory / phases[name]
+    status, manifest = phase_status(phase)
+    if manifest is None:
+        raise UserError(f"{phase}: {status}; run `megavar run` on its recipe again to finish it")
+    return phase / "hf"
+
+
+def copy_model(source: Path, out: Path, *, max_shard_bytes: int) -> None:
+    """Copy a Hugging Face directory into weight files of at most `max_shard_bytes`, one in memory at a time.
+
+    A tensor larger than that has a file of its own. `out` appears under its name once transformers has loaded it.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    tensors = check_hf_directory(source, read_architecture(source)).tensors
+    files = list(_split(tensors, max_shard_bytes))
+    partial = out.parent / f".{out.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    copy_companions(source, partial)
+    places = {}
+    for number, names in enumerate(files, start=1):
+        name = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        places.update(dict.fromkeys(names, name))
+        with ExitStack() as stack:
+            opened: dict[Path, Any] = {
+                file: stack.enter_context(safe_open(file, framework="pt"))
+                for file in {tensors[tensor].file for tensor in names}
+            }
+            content = {tensor: opened[tensors[tensor].file].get_tensor(tensor) for tensor in names}
+            save_file(content, partial / name, metadata={"format": "pt"})
+        shutil.copymode(partial / "config.json", partial / name)
+    if len(files) > 1:
+        total = sum(stored.stop - stored.start for stored in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    _reload(partial)
+    os.replace(partial, out)
+
+
+def _split(tensors: dict[str, StoredTensor], limit: int) -> Iterator[list[str]]:
+    names: list[str] = []
+    room = limit
+    for name, stored in tensors.items():
+        size = stored.stop - stored.start
+        if names and size > room:
+            yield names
+            names, room = [], limit
+        names.append(name)
+        room -= size
+    yield names
+
+
+def _reload(out: Path) -> None:
+    from transformers.utils import logging
+
+    import megavar.parallel  # noqa: F401  before Megatron, which the next line imports
+    from megavar.models.hf_export import verify_export
+
+    logging.disable_progress_bar()
+    verify_export(out, load=True)
+
+
+def main(path: Path, *, out: str, limit: int) -> None:
+    """Export the checkpoint `path` to `out`; called on every rank."""
+    import torch.distributed as dist
+
+    from megavar.parallel.groups import initialize
+
+    manifest = Manifest.read(path)
+    groups = initialize(tp=manifest.tp, pp=manifest.pp)
+    # After megavar.parallel, which adapts Megatron to a machine without CUDA.
+    from megavar.models.build import build_model, transformer_config
+    from megavar.models.hf_export import export_hf
+    from megavar.trainer.model import DTYPES
+
+    architecture = read_architecture(path / COMPANIONS)
+    config = transformer_config(architecture, groups, dtype=DTYPES[manifest.dtype])
+    module = build_model(architecture, config, groups)
+    load_weights(module, path / WEIGHTS)
+    export_hf([module], architecture, path / COMPANIONS, out, max_shard_bytes=limit)
+    dist.barrier()
+    dist.destroy_process_group()

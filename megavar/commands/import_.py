@@ -1,0 +1,55 @@
+"""`megavar import HF_DIR OUT`: a Hugging Face model as a Megatron distributed checkpoint (see checkpoint.py)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+from megavar.commands.checkpoint import COMPANIONS, WEIGHTS, Manifest, copy_companions, save_weights
+from megavar.commands.ranks import check_model, check_new_directory, run_on_ranks
+from megavar.errors import UserError
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert on `tp * pp` ranks; raises UserError for bad input before one starts."""
+    architecture, ranks = check_model(args.model, tp=args.tp, pp=args.pp, ranks=args.ranks)
+    dtype = args.dtype or architecture.dtype
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"{args.model}: its weights are {dtype}; choose --dtype float32 or --dtype bfloat16")
+    check_new_directory(args.out)
+    return run_on_ranks(
+        "megavar.commands.import_",
+        args.out,
+        ranks=ranks,
+        model=str(args.model),
+        tp=args.tp,
+        pp=args.pp,
+        dtype=dtype,
+    )
+
+
+def main(path: Path, *, model: str, tp: int, pp: int, dtype: str) -> None:
+    """Write the checkpoint `path`, which appears under its name when it is complete; called on every rank."""
+    import torch.distributed as dist
+
+    from megavar.parallel.groups import initialize
+    from megavar.trainer.model import Settings, load_model
+
+    groups = initialize(tp=tp, pp=pp)
+    loaded = load_model(Path(model), groups, Settings(dtype=dtype))
+    partial = path.parent / f".{path.name}.partial"
+    if groups.is_main:
+        shutil.rmtree(partial, ignore_errors=True)  # of an import that was killed
+        (partial / WEIGHTS).mkdir(parents=True)
+    dist.barrier()
+    save_weights(loaded.module, partial / WEIGHTS)
+    dist.barrier()
+    if groups.is_main:
+        copy_companions(Path(model), partial / COMPANIONS)
+        Manifest(tp=tp, pp=pp, dtype=dtype).write(partial)
+        os.replace(partial, path)
+        print(f"{path}: {dtype} weights of {model}, written by {groups.world} ranks (tp {tp}, pp {pp})")
+    dist.barrier()
+    dist.destroy_process_group()
