@@ -68,7 +68,7 @@ def cases() -> Iterator[Case]:
                 **dict.fromkeys(("T", "cols", "col0", "stride_z", "stride_kept"), "i32"),
             },
             {
-                **{"KEEP": keep is not None, "BLOCK": launch.STAGE_COLS},
+                **{"KEEP": keep is not None, "BLOCK": launch.sizes.STAGE_COLS},
                 **({} if keep else {"kept_ptr": None, "kept_max_ptr": None}),
             },
             warps=launch.STATISTICS_WARPS,
@@ -94,7 +94,7 @@ def cases() -> Iterator[Case]:
                     **dict.fromkeys(("cols", "col0", "stride_z", "stride_dz"), "i32"),
                 },
                 {
-                    **{"KEPT": bool(kept), "ENTROPY": entropy, "BLOCK": launch.STAGE_COLS},
+                    **{"KEPT": bool(kept), "ENTROPY": entropy, "BLOCK": launch.sizes.STAGE_COLS},
                     **({} if kept else {"kept_max_ptr": None}),
                     **({} if entropy else {"grad_entropy_ptr": None}),
                 },

@@ -23,7 +23,8 @@ from torch.autograd.function import once_differentiable
 
 from . import linear_logprob_reference
 from .arguments import INDEX_DTYPES, debug_checks, require_matrix, require_same_device, require_vector
-from .vocab_parallel import HiddenGradReduction, gather_rows, gather_statistics, merge_statistics
+from .hidden_grad import HiddenGrad
+from .vocab_parallel import gather_rows, gather_statistics, largest_shard, merge_statistics
 
 Keep = Literal["auto", "none"] | int
 
@@ -72,7 +73,8 @@ def linear_logprob(
         vocab_start: global id of the shard's first row.
         group: tensor-parallel group over which the vocabulary is split; None for the whole vocabulary.
         keep: memory for exponentials kept from forward to backward, which saves their recomputation:
-            "auto" (an eighth of the free device memory; nothing on the CPU), "none", or a number of bytes.
+            "auto" (an eighth of the free device memory; nothing on the CPU), "none", or a number of bytes; the
+            same on every rank of the group.
         sequence_parallel: hidden is this rank's slice of the tokens; forward all-gathers it and backward
             reduce-scatters its gradient.
         ignore_index: targets with this id give logprob 0, entropy 0 and no gradient.
@@ -171,25 +173,25 @@ def linear_logprob_forward_backward(
     full = gather_rows(hidden, group) if sequence_parallel else hidden
     logprob = full.new_zeros(target.shape, dtype=acc_dtype)
     entropy = torch.zeros_like(logprob)
-    hidden_grad = torch.zeros_like(full, dtype=acc_dtype)
-    reduction = HiddenGradReduction(group, sequence_parallel)
     live = _nonzero_rows((target != ignore_index) & _any_gradient(grad_logprob, grad_entropy))
-    blocks = live.split(backend.one_pass_tokens(shard.rows, ONE_PASS_BLOCK_BYTES))
-    for block, rows in enumerate(blocks):
+    hidden_grad = HiddenGrad(full, live, acc_dtype, group, sequence_parallel)
+    done = 0
+    block_tokens = backend.one_pass_tokens(largest_shard(shard.rows, hidden.device, group), ONE_PASS_BLOCK_BYTES)
+    for rows in live.split(block_tokens):
         x, y, g_lp = full[rows], target[rows], grad_logprob[rows]
         g_en = None if grad_entropy is None else grad_entropy[rows]
         logprob[rows], entropy[rows], lse, kept = _statistics(x, weight, y, shard, keep_bytes=ALL)
 
-        def hidden_ready(grad: Tensor, rows: Tensor = rows, last: bool = block + 1 == len(blocks)) -> None:
-            hidden_grad.index_copy_(0, rows, grad)
-            if last:
-                reduction.start(hidden_grad)
+        def ready(part: slice, first: int = done) -> None:
+            hidden_grad.ready(slice(first + part.start, first + part.stop))
 
         backend.gradients(
             x, weight[: shard.rows], _local_target(y, shard), lse, entropy[rows], g_lp, g_en,
-            shard.inv_temperature, kept, hidden_ready, weight_grad[: shard.rows],
+            shard.inv_temperature, kept, hidden_grad.accumulator[done : done + len(rows)], ready,
+            weight_grad[: shard.rows],
         )  # fmt: skip
-    return logprob, entropy, reduction.wait().to(hidden.dtype), weight_grad
+        done += len(rows)
+    return logprob, entropy, hidden_grad.finish(), weight_grad
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -198,7 +200,8 @@ class _LinearLogprob(torch.autograd.Function):
         logprob, entropy, lse, kept, rows = _forward(hidden, weight, target, shard, keep_bytes)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, target, lse, entropy, rows)
-        ctx.shard, ctx.kept = shard, kept
+        # not `kept` itself: a smaller shard can keep tokens where another has no room, but dX takes equal rows
+        ctx.shard, ctx.kept, ctx.drop_rows = shard, kept, keep_bytes == 0
         return logprob, entropy
 
     @staticmethod
@@ -213,7 +216,7 @@ class _LinearLogprob(torch.autograd.Function):
             grad_logprob = torch.zeros_like(grad_entropy)
 
         full = gather_rows(hidden, shard.group) if shard.sequence_parallel else hidden
-        if not kept:  # kept exponentials belong to the forward's rows, which must then stay as they were
+        if ctx.drop_rows:  # kept exponentials belong to the forward's rows, which must then stay as they were
             live = (target != shard.ignore_index) & _any_gradient(grad_logprob, grad_entropy)
             lse = _scatter(lse, rows, target.shape[0])
             rows = _nonzero_rows(live)
@@ -221,17 +224,24 @@ class _LinearLogprob(torch.autograd.Function):
         x, y, entropy, grad_logprob, grad_entropy = (
             _take(tensor, rows) for tensor in (full, target, entropy, grad_logprob, grad_entropy)
         )
-        reduction = HiddenGradReduction(shard.group, shard.sequence_parallel)
         backend = _backend(hidden)
+        hidden_grad = None
+        if want_hidden:
+            hidden_grad = HiddenGrad(full, rows, lse.dtype, shard.group, shard.sequence_parallel)
         weight_grad = backend.new_weight_grad(weight) if want_weight else None
         backend.gradients(
             x, weight[: shard.rows], _local_target(y, shard), lse, entropy, grad_logprob, grad_entropy,
             shard.inv_temperature, kept,
-            (lambda grad: reduction.start(_scatter(grad, rows, full.shape[0]))) if want_hidden else None,
+            hidden_grad.accumulator if want_hidden else None,
+            hidden_grad.ready if want_hidden else None,
             weight_grad[: shard.rows] if want_weight else None,
         )  # fmt: skip
-        hidden_grad = reduction.wait().to(hidden.dtype) if want_hidden else None
-        return hidden_grad, weight_grad.to(weight.dtype) if want_weight else None, None, None, None
+        del full, x  # a gathered copy need not outlive the GEMMs
+        return (
+            hidden_grad.finish() if want_hidden else None,
+            weight_grad.to(weight.dtype) if want_weight else None,
+            None, None, None,
+        )  # fmt: skip
 
 
 def _forward(
@@ -313,7 +323,7 @@ def _keep_bytes(keep: Keep, hidden: Tensor) -> int:
             return 0
         free = torch.cuda.mem_get_info(hidden.device)[0]
         cached = torch.cuda.memory_reserved(hidden.device) - torch.cuda.memory_allocated(hidden.device)
-        return int((free + cached) * AUTO_KEEP_FRACTION)
+        return max(int((free + cached) * AUTO_KEEP_FRACTION), 1)  # never 0 on some ranks of a group alone
     if isinstance(keep, int) and not isinstance(keep, bool) and keep >= 0:
         return keep
     raise ValueError(f'keep: expected "auto", "none" or a number of bytes, got {keep!r}')

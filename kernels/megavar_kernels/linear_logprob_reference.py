@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from .vocab_parallel import empty_statistics
-
-# 256 rows of fp32 logits are 156 MB at V=151936: large enough for an efficient GEMM, small beside the weight.
-CHUNK_TOKENS = 256
+from .workspace import CPU_TOKENS
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -33,17 +31,19 @@ def statistics(
     if weight.shape[0] == 0:
         return stats, kept
     table = weight.to(dtype).t()
-    for start in range(0, hidden.shape[0], CHUNK_TOKENS):
-        rows = slice(start, start + CHUNK_TOKENS)
+    for start in range(0, hidden.shape[0], CPU_TOKENS):
+        rows = slice(start, start + CPU_TOKENS)
         z = (hidden[rows].to(dtype) @ table).mul_(inv_temperature)
         owned = target[rows] >= 0
         own_logit = z.gather(1, target[rows].clamp(min=0).long()[:, None])[:, 0]
         stats[3, rows] = own_logit.masked_fill(~owned, -torch.inf)
         keep_bytes -= z.numel() * z.element_size()
+        stats[0, rows] = z.amax(1)
         if keep_bytes >= 0:
             kept.append(z)
-        stats[0, rows] = z.amax(1)
-        shifted = z - stats[0, rows, None]
+            shifted = z - stats[0, rows, None]
+        else:
+            shifted = z.sub_(stats[0, rows, None])
         e = shifted.exp()
         stats[1, rows] = e.sum(1)
         stats[2, rows] = e.mul_(shifted).sum(1)
@@ -60,22 +60,25 @@ def gradients(
     grad_entropy: Tensor | None,
     inv_temperature: float,
     kept: list[Tensor],
-    hidden_ready: Callable[[Tensor], None] | None,
+    hidden_grad: Tensor | None,
+    hidden_ready: Callable[[slice], None] | None,
     weight_grad: Tensor | None,
 ) -> None:
-    """Add this shard's dW into `weight_grad` and hand its dX `[T, H]` to `hidden_ready`; None skips either.
+    """Write this shard's dX into `hidden_grad` `[T, H]`, add its dW into `weight_grad`; None skips either.
 
     dz = g_lp (1[y] - p) - g_H p (log p + entropy), dX = dz W / temperature, dW = dz^T X / temperature.
+    `hidden_ready` is told which rows of dX are complete, in ascending order until all of them are.
     `kept` is what `statistics` returned; its chunks are not computed again.
     """
     dtype = _compute_dtype(hidden)
     table = weight.to(dtype)
-    hidden_grad = hidden.new_zeros(hidden.shape, dtype=dtype) if hidden_ready else None
-    for index, start in enumerate(range(0, hidden.shape[0], CHUNK_TOKENS)):
-        rows = slice(start, start + CHUNK_TOKENS)
+    for index, start in enumerate(range(0, hidden.shape[0], CPU_TOKENS)):
+        rows = slice(start, start + CPU_TOKENS)
         x = hidden[rows].to(dtype)
-        z = kept[index] if index < len(kept) else (x @ table.t()).mul_(inv_temperature)
-        log_p = z - lse[rows, None]
+        if index < len(kept):
+            log_p = kept[index] - lse[rows, None]
+        else:
+            log_p = (x @ table.t()).mul_(inv_temperature).sub_(lse[rows, None])
         p = log_p.exp()
         owned = (target[rows] >= 0).nonzero()[:, 0]
         if grad_entropy is None:
@@ -90,7 +93,7 @@ def gradients(
         if weight_grad is not None:
             weight_grad.addmm_(dz.t(), x)
     if hidden_ready is not None:
-        hidden_ready(hidden_grad)
+        hidden_ready(slice(0, hidden.shape[0]))
 
 
 def new_weight_grad(weight: Tensor) -> Tensor:
@@ -100,4 +103,4 @@ def new_weight_grad(weight: Tensor) -> Tensor:
 
 def one_pass_tokens(vocab_rows: int, block_bytes: int) -> int:
     """Tokens per block of the one-pass entry, whose fp32 logits are all kept."""
-    return max(CHUNK_TOKENS, block_bytes // (4 * max(vocab_rows, 1)) // CHUNK_TOKENS * CHUNK_TOKENS)
+    return max(CPU_TOKENS, block_bytes // (4 * max(vocab_rows, 1)) // CPU_TOKENS * CPU_TOKENS)

@@ -1,7 +1,6 @@
 """Launchers of the linear_logprob kernels for CUDA tensors, and the table that chooses between the variants.
 
-Same functions as linear_logprob_reference. Memory beside inputs and outputs: one staging chunk of fp32 logits
-(16 MiB) or tile statistics (fused), in backward also one dlogits chunk (256 MiB) and the fp32 dX.
+Same functions as linear_logprob_reference. Chunk sizes and the memory that they take: workspace.
 """
 
 from __future__ import annotations
@@ -15,17 +14,20 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import linear_logprob_kernels as kernels
+from . import workspace as sizes
 from .devices import on_device_of_first
 from .vocab_parallel import empty_statistics
 
-# 2048 x 2048 fp32 logits are 16 MiB, which an H100's 50 MB of L2 hold beside the chunk of the weight, and 128
-# GEMM tiles of 128 x 256 for its 132 SMs: one wave, 97 % full.
-STAGE_TOKENS = 2048
-STAGE_COLS = 2048
-# Target size of the dlogits of one vocabulary chunk. Every chunk reads and writes the fp32 dX once.
-DLOGITS_BYTES = 256 << 20
-# Tokens per fused forward launch: the tile statistics take 16 * 4096 * V / 128 bytes (78 MB at V=151936).
-FUSED_TOKENS = 4096
+# mm and addmm with out_dtype came in torch 2.8, but addmm refused a fp32 addend to 16-bit factors until
+# pytorch/pytorch#167931 (November 2025). There is no other way to an fp32 result of the same speed and memory,
+# so an older torch is an error, not another path.
+TORCH_FLOOR = (2, 11)
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < TORCH_FLOOR:
+    raise RuntimeError(
+        f"hidden: CUDA tensors need torch >= {'.'.join(map(str, TORCH_FLOOR))} (torch.addmm with out_dtype), "
+        f"this is {torch.__version__}"
+    )
+
 # A row of 2048 logits beside its exponentials: with 4 warps, the ptxas of Triton 3.6 stops at 64 registers on
 # sm_80 and spills.
 STATISTICS_WARPS = 2
@@ -87,8 +89,8 @@ def statistics(
     first_fused = tokens
     if uses_fused(hidden):
         first_fused = 0 if kept is None else kept.tokens
-        for start in range(first_fused, tokens, FUSED_TOKENS):
-            part = slice(start, start + FUSED_TOKENS)
+        for start in range(first_fused, tokens, sizes.FUSED_TOKENS):
+            part = slice(start, start + sizes.FUSED_TOKENS)
             _fused_statistics(hidden[part], weight, target[part], inv_temperature, stats[:, part])
     _chunked_statistics(hidden[:first_fused], weight, target, inv_temperature, stats, kept)
     return stats, kept
@@ -105,18 +107,24 @@ def gradients(
     grad_entropy: Tensor | None,
     inv_temperature: float,
     kept: Kept | None,
-    hidden_ready: Callable[[Tensor], None] | None,
+    hidden_grad: Tensor | None,
+    hidden_ready: Callable[[slice], None] | None,
     weight_grad: Tensor | None,
 ) -> None:
-    """Add dW into `weight_grad` and hand dX `[T, H]` fp32 to `hidden_ready` ahead of the last dW GEMM.
+    """Write dX into `hidden_grad` `[T, H]` fp32, add dW into `weight_grad`; None skips either.
 
-    Arguments as in linear_logprob_reference.gradients.
+    Arguments as in linear_logprob_reference.gradients. A block of dX is announced before the dW GEMM of that
+    block, so that its sum over the group runs beside it and beside the blocks that follow.
     """
     tokens, rows = hidden.shape[0], weight.shape[0]
-    hidden_grad = hidden.new_zeros(hidden.shape, dtype=torch.float32) if hidden_ready else None
-    if tokens == 0 or rows == 0:
-        if hidden_ready:
-            hidden_ready(hidden_grad)
+    blocks = sizes.token_blocks(tokens)
+    if rows == 0:
+        if hidden_grad is not None:
+            hidden_grad.zero_()
+            for part in blocks:
+                hidden_ready(part)
+        return
+    if tokens == 0:
         return
     alpha = inv_temperature
     if hidden.dtype == torch.float16:  # gradients of a mean over tokens would underflow in fp16 dlogits
@@ -128,51 +136,57 @@ def gradients(
         grad_logprob = grad_logprob / unit
         grad_entropy = None if grad_entropy is None else grad_entropy / unit
 
-    cols = _dlogits_cols(tokens, rows, hidden.element_size())
-    dlogits = hidden.new_empty((tokens, cols))
+    cols = sizes.dlogits_cols(tokens, rows, hidden.element_size())
+    dlogits = hidden.new_empty((min(tokens, sizes.BLOCK_TOKENS), cols))
+    partial = None
+    if weight_grad is not None and weight_grad.dtype != torch.float32 and len(blocks) > 1:
+        partial = hidden.new_empty((min(cols, rows), hidden.shape[1]), dtype=torch.float32)
     for col0 in range(0, rows, cols):
         w = weight[col0 : col0 + cols]
-        dz = dlogits[:, : w.shape[0]]
-        token_data = (target, lse, entropy, grad_logprob, grad_entropy)
-        _dlogits(hidden, w, token_data, inv_temperature, col0, kept, dz)
-        if hidden_grad is not None:
-            _accumulate(hidden_grad, dz, w, alpha)
-            if col0 + cols >= rows:
-                hidden_ready(hidden_grad)
-        if weight_grad is not None:
-            _accumulate(weight_grad[col0 : col0 + cols], dz.t(), hidden, alpha)
+        for block, part in enumerate(blocks):
+            x = hidden[part]
+            dz = dlogits[: x.shape[0], : w.shape[0]]
+            token_data = _rows((target, lse, entropy, grad_logprob, grad_entropy), part)
+            _dlogits(x, w, token_data, inv_temperature, col0, _kept_part(kept, part), dz)
+            if hidden_grad is not None:
+                _accumulate(hidden_grad[part], dz, w, alpha, beta=int(col0 > 0))
+                if col0 + cols >= rows:
+                    hidden_ready(part)
+            if partial is not None:
+                _accumulate(partial[: w.shape[0]], dz.t(), x, alpha, beta=int(block > 0))
+            elif weight_grad is not None:
+                _accumulate(weight_grad[col0 : col0 + cols], dz.t(), x, alpha, beta=1)
+        if partial is not None:
+            weight_grad[col0 : col0 + cols] += partial[: w.shape[0]]
 
 
 def new_weight_grad(weight: Tensor) -> Tensor:
-    """Zeros `[V, H]` in weight's dtype: each element comes from one GEMM over all tokens, which accumulates
-    in fp32 and rounds once."""
+    """Zeros `[V, H]` in weight's dtype: each element is summed over all tokens in fp32 and rounded once."""
     return torch.zeros_like(weight)
 
 
 def one_pass_tokens(vocab_rows: int, block_bytes: int) -> int:
     """Tokens per block of the one-pass entry, whose exponentials are all kept."""
-    return max(STAGE_TOKENS, block_bytes // (2 * max(vocab_rows, 1)) // STAGE_TOKENS * STAGE_TOKENS)
+    tokens = block_bytes // (2 * max(vocab_rows, 1))
+    return max(sizes.STAGE_TOKENS, tokens // sizes.STAGE_TOKENS * sizes.STAGE_TOKENS)
 
 
 def _new_kept(hidden: Tensor, rows: int, keep_bytes: int) -> Kept | None:
-    dtype = torch.float32 if hidden.dtype == torch.float32 else torch.bfloat16
-    chunks = triton.cdiv(rows, STAGE_COLS)
-    stride = triton.cdiv(rows, 16) * 16  # rows start on 16-byte boundaries
-    tokens = min(hidden.shape[0], keep_bytes // (stride * dtype.itemsize + 4 * chunks))
+    tokens = sizes.tokens_kept(hidden.shape[0], rows, hidden.dtype, keep_bytes)
     if tokens == 0:
         return None
+    stride = triton.cdiv(rows, 16) * 16  # rows start on 16-byte boundaries
     return Kept(
-        hidden.new_empty((tokens, stride), dtype=dtype),
-        hidden.new_empty((chunks, tokens), dtype=torch.float32),
+        hidden.new_empty((tokens, stride), dtype=sizes.kept_dtype(hidden.dtype)),
+        hidden.new_empty((triton.cdiv(rows, sizes.STAGE_COLS), tokens), dtype=torch.float32),
     )
 
 
-def _dlogits_cols(tokens: int, rows: int, itemsize: int) -> int:
-    """Columns per dlogits chunk: a multiple of STAGE_COLS, chunks of nearly equal width."""
-    stages = triton.cdiv(rows, STAGE_COLS)
-    widest = max(DLOGITS_BYTES // (tokens * itemsize * STAGE_COLS), 1)
-    chunks = triton.cdiv(stages, widest)
-    return triton.cdiv(stages, chunks) * STAGE_COLS
+def _kept_part(kept: Kept | None, part: slice) -> Kept | None:
+    """What is kept of the tokens `part`."""
+    if kept is None or part.start >= kept.tokens:
+        return None
+    return Kept(kept.exponentials[part], kept.maxima[:, part])
 
 
 def _chunked_statistics(
@@ -181,8 +195,8 @@ def _chunked_statistics(
     """Statistics of hidden's tokens, the first of `stats` and `target`."""
     stage = _new_stage(hidden, weight)
     kept_tokens = 0 if kept is None else kept.tokens
-    for chunk, col0 in enumerate(range(0, weight.shape[0], STAGE_COLS)):
-        w = weight[col0 : col0 + STAGE_COLS]
+    for chunk, col0 in enumerate(range(0, weight.shape[0], sizes.STAGE_COLS)):
+        w = weight[col0 : col0 + sizes.STAGE_COLS]
         for part, keep in _parts(kept_tokens, hidden.shape[0]):
             z = stage[: part.stop - part.start, : w.shape[0]]
             _matmul(hidden[part], w.t(), z)
@@ -192,7 +206,7 @@ def _chunked_statistics(
                 kept.maxima[chunk, part] if keep else None,
                 stats.stride(0), z.shape[1], col0, scale, z.stride(0),
                 kept.exponentials.stride(0) if keep else 0,
-                KEEP=keep, BLOCK=STAGE_COLS, num_warps=STATISTICS_WARPS, enable_fp_fusion=True,
+                KEEP=keep, BLOCK=sizes.STAGE_COLS, num_warps=STATISTICS_WARPS, enable_fp_fusion=True,
             )  # fmt: skip
 
 
@@ -213,10 +227,10 @@ def _dlogits(
         rest = slice(kept_tokens, tokens)
         _fused_dlogits(hidden[rest], weight, _rows(token_data, rest), scale, col0, dz[rest])
     stage = None if fused else _new_stage(hidden, weight)
-    for start in range(0, weight.shape[0], STAGE_COLS):
-        w = weight[start : start + STAGE_COLS]
+    for start in range(0, weight.shape[0], sizes.STAGE_COLS):
+        w = weight[start : start + sizes.STAGE_COLS]
         for part, keep in _parts(kept_tokens, kept_tokens if fused else tokens):
-            out = dz[part, start : start + STAGE_COLS]
+            out = dz[part, start : start + sizes.STAGE_COLS]
             at = col0 + start
             if keep:
                 z = kept.exponentials[part, at : at + w.shape[0]]
@@ -225,10 +239,10 @@ def _dlogits(
                 _matmul(hidden[part], w.t(), z)
             target, lse, entropy, grad_logprob, grad_entropy = _rows(token_data, part)
             kernels.chunk_dlogits[(out.shape[0],)](
-                z, kept.maxima[at // STAGE_COLS, part] if keep else None,
+                z, kept.maxima[at // sizes.STAGE_COLS, part] if keep else None,
                 target, lse, entropy, grad_logprob, grad_entropy, out,
                 w.shape[0], at, scale, z.stride(0), out.stride(0),
-                KEPT=keep, ENTROPY=grad_entropy is not None, BLOCK=STAGE_COLS,
+                KEPT=keep, ENTROPY=grad_entropy is not None, BLOCK=sizes.STAGE_COLS,
                 num_warps=8, enable_fp_fusion=True,
             )  # fmt: skip
 
@@ -279,9 +293,9 @@ def _parts(kept_tokens: int, tokens: int) -> list[tuple[slice, bool]]:
     """Token slices of at most STAGE_TOKENS, each wholly kept or wholly not, and which of the two it is."""
     bounds = ((0, kept_tokens, True), (kept_tokens, tokens, False))
     return [
-        (slice(start, min(start + STAGE_TOKENS, stop)), keep)
+        (slice(start, min(start + sizes.STAGE_TOKENS, stop)), keep)
         for first, stop, keep in bounds
-        for start in range(first, stop, STAGE_TOKENS)
+        for start in range(first, stop, sizes.STAGE_TOKENS)
     ]
 
 
@@ -291,23 +305,23 @@ def _rows(token_data: tuple[Tensor | None, ...], part: slice) -> tuple[Tensor | 
 
 def _new_stage(hidden: Tensor, weight: Tensor) -> Tensor:
     """Staging chunk of fp32 logits."""
-    tokens = min(hidden.shape[0], STAGE_TOKENS)
-    return hidden.new_empty(
-        (tokens, min(STAGE_COLS, triton.cdiv(weight.shape[0], 16) * 16)), dtype=torch.float32
-    )
+    return hidden.new_empty(sizes.stage_shape(hidden.shape[0], weight.shape[0]), dtype=torch.float32)
 
 
 def _matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a @ b in fp32 from a's dtype."""
-    torch.mm(a, b, out_dtype=torch.float32, out=out)
-
-
-def _accumulate(total: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
-    """total += alpha * a @ b; total is fp32, or of a's dtype."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b, alpha=alpha)
+    if a.dtype == torch.float32:
+        torch.mm(a, b, out=out)
     else:
-        torch.addmm(total, a, b, out_dtype=torch.float32, alpha=alpha, out=total)
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, alpha: float, beta: int) -> None:
+    """total = beta total + alpha a @ b; total is fp32, or of a's dtype. With beta 0 it may be uninitialised."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b, alpha=alpha, beta=beta)
+    else:
+        torch.addmm(total, a, b, out_dtype=torch.float32, alpha=alpha, beta=beta, out=total)
 
 
 def _multiprocessors(tensor: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""Vocabulary-parallel pieces of linear_logprob: statistics merge and the collectives of the hidden states.
+"""Vocabulary-parallel pieces of linear_logprob: the merge of statistics and the collectives of the forward pass.
 
 Every rank of the tensor-parallel group owns a contiguous range of vocabulary rows. A shard's softmax is
 summed up, per token, by four numbers (the rows of a `[4, T]` tensor):
@@ -20,9 +20,8 @@ from torch import Tensor
 # Finite stand-in for "no logit yet": exp underflows to 0 and 0 * EMPTY stays 0, where -inf would give NaN.
 EMPTY = -1e30
 
-# torch 2.13 renamed these two; older releases know only the first names
+# torch 2.13 renamed this; older releases know only the second name
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def empty_statistics(tokens: int, like: Tensor) -> Tensor:
@@ -64,29 +63,10 @@ def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     return out
 
 
-class HiddenGradReduction:
-    """The sum of dX over the group, started as soon as dX is complete and awaited after the last dW GEMM."""
-
-    def __init__(self, group: dist.ProcessGroup | None, sequence_parallel: bool):
-        self.group = group
-        self.sequence_parallel = sequence_parallel
-        self._result: Tensor | None = None
-        self._work = None
-
-    def start(self, grad: Tensor) -> None:
-        """Take over `grad` `[T, H]`, this rank's share of dX."""
-        self._result = grad
-        if self.group is None or grad.numel() == 0:
-            return
-        if self.sequence_parallel:
-            self._result = grad.new_empty((grad.shape[0] // self.group.size(), grad.shape[1]))
-            self._work = _reduce_scatter(self._result, grad, group=self.group, async_op=True)
-            self._source = grad  # the collective still reads it
-        else:
-            self._work = dist.all_reduce(grad, group=self.group, async_op=True)
-
-    def wait(self) -> Tensor:
-        """The reduced dX: `[T, H]`, or this rank's `[T / R, H]` under sequence parallelism."""
-        if self._work is not None:
-            self._work.wait()
-        return self._result
+def largest_shard(rows: int, device: torch.device, group: dist.ProcessGroup | None) -> int:
+    """Most vocabulary rows that a rank of the group has: for sizes that all ranks must choose alike."""
+    if group is None:
+        return rows
+    largest = torch.tensor(rows, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    return int(largest)

@@ -12,6 +12,7 @@ import numpy as np
 assert os.environ.get("TRITON_INTERPRET") == "1"
 
 import triton.language as tl  # noqa: E402
+from torch.utils._python_dispatch import _disable_current_modes  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 _create_dot = interpreter.InterpreterBuilder.create_dot
@@ -35,24 +36,32 @@ interpreter.InterpreterBuilder.create_dot = _dot
 
 
 def _matmul(a, b, out):
-    out.copy_(a.float() @ b.float())
+    with _disable_current_modes():  # temporaries that the device does not have
+        out.copy_(a.float() @ b.float())
 
 
-def _accumulate(total, a, b, alpha):
-    total.copy_(total.float() + alpha * (a.float() @ b.float()))
+def _accumulate(total, a, b, alpha, beta):
+    with _disable_current_modes():
+        product = alpha * (a.float() @ b.float())
+        total.copy_(total.float() * beta + product if beta else product)
 
 
 def install(monkeypatch, *, fused: bool, stage_cols: int = 64, stage_tokens: int = 16) -> None:
     """Route CPU tensors to the Triton path, with chunks small enough that tests cross their boundaries."""
-    from megavar_kernels import linear_logprob_triton
+    from megavar_kernels import linear_logprob_triton, workspace
 
     front = importlib.import_module("megavar_kernels.linear_logprob")  # the package attribute is the function
     monkeypatch.setattr(front, "_backend", lambda hidden: linear_logprob_triton)
     for name, value in {
         "STAGE_COLS": stage_cols,
         "STAGE_TOKENS": stage_tokens,
-        "DLOGITS_BYTES": 2 * 2 * stage_cols * 48,
+        "BLOCK_TOKENS": 24,
+        "DLOGITS_BYTES": 2 * 2 * stage_cols * 24,
         "FUSED_TOKENS": 32,
+        "FUSED_STATISTICS_COLS": 16,
+    }.items():
+        monkeypatch.setattr(workspace, name, value)
+    for name, value in {
         "FUSED_TILE": linear_logprob_triton.Tile(m=16, n=32, k=16, group_m=2, warps=4, stages=1),
         "uses_fused": lambda hidden: fused,
         "_matmul": _matmul,
