@@ -2,29 +2,95 @@
 
 from __future__ import annotations
 
-from transformers import AutoTokenizer
+from collections.abc import Sequence
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megavar.config.recipe import Recipe
 from megavar.data.questions import load_questions, require_solutions, require_traces
+from megavar.data.records import Question
+from megavar.data.suggest import did_you_mean
 from megavar.data.templates import Encoder, check_lengths, resolve_templates
 from megavar.errors import UserError
-from megavar.models.architecture import read_architecture
+from megavar.models.architecture import Architecture, read_architecture
 from megavar.models.hf_files import check_hf_directory
 
 
-def check(recipe: Recipe) -> None:
-    """Raises UserError naming the first thing that cannot work: model files, layout, questions, prompts, lengths."""
+def check(recipe: Recipe, *, until: str | None = None) -> None:
+    """Raises UserError naming the first thing that cannot work: model files, layout, questions, prompts, lengths.
+
+    until: the phase to stop after.
+    """
     architecture = read_architecture(recipe.model.path)
     architecture.check_layout(tp=recipe.trainer.tp, pp=recipe.trainer.pp)
     check_hf_directory(recipe.model.path, architecture)
     policy, posterior = resolve_templates(recipe.templates)
+    if any(arm.name == "initial" for arm in recipe.arms):
+        raise UserError('arms: the name "initial" is the initial policy\'s own; choose another')
+    if until is not None:
+        _check_phase(recipe, until)
     train, held_out = load_questions(recipe.data.train), load_questions(recipe.data.eval)
     require_solutions(train)
     require_traces(train)
     overlap = {q.id for q in train} & {q.id for q in held_out}
     if overlap:
         raise UserError(f"data.eval: {len(overlap)} questions are in data.train too, first {min(overlap)!r}")
+    tokenizer = _tokenizer(recipe, architecture)
+    encoders = Encoder(policy, tokenizer), Encoder(posterior, tokenizer)
     context = min(architecture.max_positions, recipe.rollout.context_length or architecture.max_positions)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model.path, local_files_only=True)
-    for template, questions in ((policy, train), (posterior, train), (policy, held_out)):
-        check_lengths(Encoder(template, tokenizer), questions, context)
+    for encoder, questions in ((encoders[0], train), (encoders[1], train), (encoders[0], held_out)):
+        check_lengths(encoder, questions, context)
+    _check_responses(recipe, train, *encoders, architecture.max_positions)
+
+
+def _check_phase(recipe: Recipe, until: str) -> None:
+    from megavar.rounds import phase_names  # seconds of imports, which only --until needs
+
+    names = phase_names(recipe)
+    if until not in names:
+        raise UserError(f"--until {until}: no such phase; {did_you_mean(until, names)}")
+
+
+def _tokenizer(recipe: Recipe, architecture: Architecture) -> PreTrainedTokenizerBase:
+    path = recipe.model.path
+    if not any((path / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
+        raise UserError(
+            f"{path}: no tokenizer (tokenizer.json); copy the tokenizer files of the base model there"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: its tokenizer cannot be loaded ({error}); copy its files again") from None
+    if len(tokenizer) > architecture.vocab_size:
+        raise UserError(
+            f"{path}: the tokenizer has {len(tokenizer)} tokens, the model {architecture.vocab_size}; "
+            "use the tokenizer that belongs to the weights"
+        )
+    return tokenizer
+
+
+def _check_responses(
+    recipe: Recipe, questions: Sequence[Question], policy: Encoder, posterior: Encoder, context: int
+) -> None:
+    """Every training sequence fits the model: the data set's own traces, and the longest thought to be sampled."""
+    longest = recipe.rollout.max_thought_tokens
+    markers = sum(map(len, (policy.thought_end_ids, policy.answer_start_ids, policy.answer_end_ids)))
+    for q in questions:
+        prompt, hinted = len(policy.prompt_ids(q)), len(posterior.prompt_ids(q))
+        # A token is at least a byte: tokens are counted only where bytes might not fit.
+        trace_bytes, answer_bytes = len((q.trace or "").encode()), len(q.solution.encode())
+        if max(prompt, hinted) + max(longest, trace_bytes) + answer_bytes + markers <= context:
+            continue
+        answer, thought = len(policy.answer_ids(q.solution)), len(policy.thought_ids(q.trace or ""))
+        if max(prompt + thought + answer, hinted + thought) > context:
+            raise UserError(
+                f"question {q.id!r}: its prompt, trace and solution take "
+                f"{max(prompt + thought + answer, hinted + thought)} tokens, the model's context is {context}; "
+                "leave the question out or shorten its trace"
+            )
+        if prompt + longest + answer > context:
+            raise UserError(
+                f"question {q.id!r}: prompt ({prompt} tokens), a thought of rollout.max_thought_tokens ({longest}) "
+                f"and solution ({answer}) exceed the model's context of {context}; set rollout.max_thought_tokens "
+                f"to at most {context - prompt - answer}, or leave the question out"
+            )

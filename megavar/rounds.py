@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from rich.console import Console
 
 from megavar.config.recipe import Arm, Fit, Recipe
 from megavar.files import write_atomically
-from megavar.phases.evaluation import evaluate
+from megavar.phases.evaluation import evaluate, held_out_accuracy
 from megavar.phases.fitting import dataset_training_set, fit_phase
 from megavar.phases.run import Run, StopRun
 from megavar.phases.sampling import sample_answers, sample_traces
 from megavar.phases.scoring import score_under_policy, score_under_posterior, verify_answers, verify_traces
+from megavar.phases.walk import Walk
 from megavar.phases.weighing import (
     Proposals,
     forward_kl_training_set,
@@ -35,16 +37,37 @@ def main(path: Path, *, until: str | None = None) -> None:
     """Run what is missing of the run in `path`; called on every rank. `until`: stop after this phase."""
     run = Run.enter(path, until=until)
     try:
-        rows = offline_round(run)
+        results = offline_round(run)
     except StopRun:
-        rows = []
-    if rows and run.groups.is_main:
-        write_atomically(path / "table.json", json.dumps({"rows": rows}, indent=1) + "\n")
-        Console(file=sys.stdout, width=PLAIN_WIDTH).print(arms_table(path / "table.json"))
+        results = []
+    if results and run.groups.is_main:
+        rows = [row(run, result) for result in results]
+        table, text = path / "table.json", json.dumps({"rows": rows}, indent=1) + "\n"
+        if not table.exists() or table.read_text() != text:
+            write_atomically(table, text)
+        Console(file=sys.stdout, width=PLAIN_WIDTH).print(arms_table(table))
     run.leave()
 
 
-def offline_round(run: Run) -> list[dict[str, Any]]:
+def phase_names(recipe: Recipe) -> list[str]:
+    """The phases of this recipe's round, in order."""
+    walk = Walk(recipe)
+    offline_round(walk)
+    return walk.names
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """A model that the table compares."""
+
+    name: str
+    verdicts: Phase
+    """On the held-out questions."""
+    data: Phase | None
+    """What its arm was trained on; None for the initial policy."""
+
+
+def offline_round(run: Run) -> list[Result]:
     """The nine steps of the paper, then every arm trained for the same number of steps and evaluated."""
     recipe = run.recipe
 
@@ -114,15 +137,17 @@ def offline_round(run: Run) -> list[dict[str, Any]]:
         )
         own = whole, verify_traces(run, "own/verdicts", traces=whole, questions=run.train)
 
-    rows = [row(run, "initial", initial, data=None)]
+    verdicts_of_initial = evaluate(run, "eval/initial", weights=initial)
+    results = [Result(name="initial", verdicts=verdicts_of_initial, data=None)]
     fit = same_steps(recipe, len(run.train))
     for arm in recipe.arms:
         # 8. weights rho~ turn traces into a training set;  9. the policy learns it
         data = training_set(run, arm, seen, own, proposals)
         start = initial if recipe.warm_start == "initial" else None
         trained = fit_phase(run, f"arms/{arm.name}/fit", start=start, data=data, fit=fit)
-        rows.append(row(run, arm.name, trained, data=data))
-    return rows
+        judged = evaluate(run, f"eval/{arm.name}", weights=trained)
+        results.append(Result(name=arm.name, verdicts=judged, data=data))
+    return results
 
 
 def fit_posterior(run: Run, initial: Phase) -> Phase:
@@ -179,15 +204,15 @@ def same_steps(recipe: Recipe, questions: int) -> Fit:
     return recipe.final.model_copy(update={"steps": num_steps(recipe.final, questions)})
 
 
-def row(run: Run, name: str, weights: Phase, *, data: Phase | None) -> dict[str, Any]:
+def row(run: Run, result: Result) -> dict[str, Any]:
     """One line of the table of arms."""
-    result = evaluate(run, f"eval/{name}", weights=weights)
-    made = (data.manifest or {}) if data else {}
+    correct = held_out_accuracy(run, result.verdicts)
+    made = (result.data.manifest or {}) if result.data else {}
     metrics, counts = made.get("metrics", {}), made.get("counts", {})
     return {
-        "arm": name,
-        "accuracy": round(result.mean, 4),
-        "95% interval": [round(result.low, 4), round(result.high, 4)],
+        "arm": result.name,
+        "accuracy": round(correct.mean, 4),
+        "95% interval": [round(correct.low, 4), round(correct.high, 4)],
         "questions": counts.get("questions", ""),
         "examples": counts.get("examples", ""),
         "bound L_1": metrics.get("vr/bound_1", ""),

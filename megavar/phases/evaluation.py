@@ -11,7 +11,7 @@ from megavar.runs import Phase
 from megavar.verifiers import is_correct
 
 
-def evaluate(run: Run, name: str, *, weights: Phase) -> Accuracy:
+def evaluate(run: Run, name: str, *, weights: Phase) -> Phase:
     """Sample whole answers to the held-out questions under `<name>/traces`, verify them under `<name>/verdicts`."""
     asked = run.recipe.evaluate
     traces = sample_traces(
@@ -31,7 +31,11 @@ def evaluate(run: Run, name: str, *, weights: Phase) -> Accuracy:
         ),
         seed=asked.seed,
     )
-    verdicts = verify_traces(run, f"{name}/verdicts", traces=traces, questions=run.held_out)
+    return verify_traces(run, f"{name}/verdicts", traces=traces, questions=run.held_out)
+
+
+def held_out_accuracy(run: Run, verdicts: Phase) -> Accuracy:
+    """Of a finished evaluation."""
     scores: dict[str, list[float]] = {q.id: [] for q in run.held_out}
     for (question_id, _, _), row in verdict_store(verdicts).read_keyed(["score"]).items():
         scores[question_id].append(float(is_correct(row["score"])))

@@ -13,7 +13,7 @@ from megavar.data.records import Question
 from megavar.data.templates import Encoder
 from megavar.data.training_set import Example, TrainingSet, write_training_set
 from megavar.models.hf_export import export_hf, verify_export
-from megavar.phases.run import Run
+from megavar.phases.run import OpenPhase, Run
 from megavar.runs import Phase
 from megavar.trainer import checkpoint
 from megavar.trainer.fit import fit_model, num_steps
@@ -58,18 +58,17 @@ def write_training_phase(
     *,
     config: dict[str, Any],
     inputs: Sequence[Phase],
-    build: Callable[[dict[str, Any]], Iterable[Example]],
+    build: Callable[[OpenPhase], Iterable[Example]],
 ) -> Phase:
-    """A phase that holds a training set; `build` yields its examples and may add to the metrics it is given."""
+    """A phase that holds a training set; `build` yields its examples and may add to the metrics of the phase."""
     with run.phase(name, config=config, inputs=inputs) as opened:
         if opened.todo and opened.phase.writer:
             with run.progress.phase(name, None, "examples") as task:
-                metrics: dict[str, Any] = {}
-                count = write_training_set(opened.path / TRAINING_SET, build(metrics))
+                count = write_training_set(opened.path / TRAINING_SET, build(opened))
                 training_set = TrainingSet(opened.path / TRAINING_SET)
                 task.advance(count)
             opened.counts = {"examples": count, "questions": training_set.num_questions}
-            opened.metrics = {"train/normaliser": training_set.normaliser, **metrics}
+            opened.metrics["train/normaliser"] = training_set.normaliser
     return opened.phase
 
 
@@ -85,7 +84,9 @@ def fit_phase(run: Run, name: str, *, start: Phase | None, data: Phase, fit: Fit
     with run.phase(name, config=config, inputs=[data, *([start] if start else [])]) as opened:
         checkpoints, opened.stepwise = opened.path / ".checkpoints", True
         if opened.todo:
-            model = load_model(start.path / "hf" if start else run.recipe.model.path, run.groups, run.settings)
+            model = load_model(
+                start.path / "hf" if start else run.recipe.model.path, run.groups, run.settings
+            )
             training_set = TrainingSet(data.path / TRAINING_SET)
             resumed = checkpoint.latest_step(checkpoints) or 0
             run.metrics.rewind(name, resumed if resumed else -1)
@@ -114,6 +115,6 @@ def fit_phase(run: Run, name: str, *, start: Phase | None, data: Phase, fit: Fit
             opened.counts = {"steps": result.steps}
             opened.metrics = {"train/final_loss": result.loss}
     # Only now: killed before the manifest is there, the phase goes on from its newest checkpoint.
-    if run.groups.is_main:
+    if opened.phase.writer:
         checkpoint.remove(checkpoints)
     return opened.phase

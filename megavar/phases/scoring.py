@@ -111,7 +111,7 @@ def _score(
 
     proposal: the model is the one that sampled the traces, so its log-probs must equal the engine's.
     """
-    groups, temperature = run.groups, run.recipe.rollout.temperature
+    temperature = run.recipe.rollout.temperature
     config = {
         "temperature": temperature,
         "dtype": run.settings.dtype,
@@ -119,7 +119,7 @@ def _score(
     }
     with run.phase(name, config=config, inputs=[weights, traces]) as opened:
         if opened.todo:
-            store, source = store_of(opened.phase), trace_store(traces)
+            groups, store, source = run.groups, store_of(opened.phase), trace_store(traces)
             questions = {q.id: q for q in run.train}
             parts, done = sorted(source.parts_done()), store.parts_done()
             mine = [p for p in parts if p % groups.dp == groups.dp_rank and p not in done]
@@ -129,6 +129,7 @@ def _score(
                 for part in mine:
                     closed = [t for t in source.iter_traces(parts=[part]) if t.closed]
                     examples = [example(t, questions[t.question_id]) for t in closed]
+                    assert model is not None
                     logprobs = score(
                         model,
                         examples,
@@ -200,10 +201,10 @@ def _verify(
     texts: Callable[[int], Iterable[tuple[tuple[str, int, int], np.ndarray]]],
     questions: list[Question],
 ) -> Phase:
-    groups, by_id = run.groups, {q.id: q for q in questions}
     config = {"questions": run.digest(questions), "template": asdict(run.policy.template)}
     with run.phase(name, config=config, inputs=[answers]) as opened:
         if opened.todo:
+            groups, by_id = run.groups, {q.id: q for q in questions}
             store = verdict_store(opened.phase)
             parts, done = sorted(source.parts_done()), store.parts_done()
             with run.progress.phase(name, len(parts), "parts", done=len(done)) as task:

@@ -19,7 +19,7 @@ from megavar.objectives.estimators import log_accuracy, log_gml, log_likelihood,
 from megavar.objectives.posterior import forward_kl_weights
 from megavar.objectives.weights import ScoredTraces, TraceWeights, summarise, weigh
 from megavar.phases.fitting import dataset_example, write_training_phase
-from megavar.phases.run import Run
+from megavar.phases.run import OpenPhase, Run
 from megavar.phases.sampling import answer_store, trace_store
 from megavar.phases.scoring import policy_score_store, posterior_score_store, verdict_store
 from megavar.runs import Phase
@@ -69,8 +69,8 @@ def variational_training_set(run: Run, name: str, arm: Arm, proposals: Proposals
         "questions": run.digest(run.train),
     }
 
-    def build(metrics: dict[str, Any]) -> Iterator[Example]:
-        weighed: list[TraceWeights] = []
+    def build(opened: OpenPhase) -> Iterator[Example]:
+        store, weighed = weight_store(opened.phase), list[TraceWeights]()
         for part, questions in enumerate(run.parts(run.train)):
             table = _Part.read(proposals, part, questions)
             weights = weigh(
@@ -84,17 +84,15 @@ def variational_training_set(run: Run, name: str, arm: Arm, proposals: Proposals
             store.write_part(part, _rows(table.traces, weights))
             weighed.append(weights)
             yield from _examples(run, arm, table, weights)
-        metrics.update({f"vr/{key}": value for key, value in summarise(weighed).items()})
+        opened.metrics.update({f"vr/{key}": value for key, value in summarise(weighed).items()})
 
-    # The store lies beside the training set; both are written by the rank that writes the manifest.
-    store = PartStore(run.directory.path / name / "weights", WEIGHTS)
     return write_training_phase(run, name, config=config, inputs=proposals.phases, build=build)
 
 
 def rft_training_set(run: Run, name: str, *, traces: Phase, verdicts: Phase) -> Phase:
     """1/K on each correct one of the initial policy's own K samples; a question's mass is its accuracy (Eq. 10)."""
 
-    def build(metrics: dict[str, Any]) -> Iterator[Example]:
+    def build(opened: OpenPhase) -> Iterator[Example]:
         mass = 0.0
         for part, questions in enumerate(run.parts(run.train)):
             scores = verdict_store(verdicts).read_keyed(["score"], parts=[part])
@@ -107,7 +105,7 @@ def rft_training_set(run: Run, name: str, *, traces: Phase, verdicts: Phase) -> 
                 if weight > 0:
                     response = np.concatenate([trace.thought_ids, trace.answer_ids])
                     yield _example(trace.question_id, trace.prompt_ids, response, weight)
-        metrics["vr/accuracy_of_initial_policy"] = mass / len(run.train)
+        opened.metrics["vr/accuracy_of_initial_policy"] = mass / len(run.train)
 
     return write_training_phase(run, name, config={}, inputs=[traces, verdicts], build=build)
 
@@ -116,7 +114,7 @@ def forward_kl_training_set(run: Run, name: str, *, traces: Phase, answers: Phas
     """The policy's own thoughts under the posterior's prompt, weighted by self-normalised accuracy (Eq. 9)."""
     config = {"template": asdict(run.posterior.template), "questions": run.digest(run.train)}
 
-    def build(metrics: dict[str, Any]) -> Iterator[Example]:
+    def build(opened: OpenPhase) -> Iterator[Example]:
         weighed: list[TraceWeights] = []
         for part, questions in enumerate(run.parts(run.train)):
             found = list(trace_store(traces).iter_traces(parts=[part]))
@@ -133,7 +131,7 @@ def forward_kl_training_set(run: Run, name: str, *, traces: Phase, answers: Phas
                 if weight > 0:
                     prompt = run.posterior.prompt_ids(by_id[trace.question_id])
                     yield _example(trace.question_id, prompt, trace.thought_ids, weight)
-        metrics.update({f"vr/{k}": v for k, v in summarise(weighed).items() if "bound" not in k})
+        opened.metrics.update({f"vr/{k}": v for k, v in summarise(weighed).items() if "bound" not in k})
 
     return write_training_phase(run, name, config=config, inputs=[traces, answers, verdicts], build=build)
 
