@@ -176,7 +176,9 @@ def linear_logprob_forward_backward(
     live = _nonzero_rows((target != ignore_index) & _any_gradient(grad_logprob, grad_entropy))
     hidden_grad = HiddenGrad(full, live, acc_dtype, group, sequence_parallel)
     done = 0
-    block_tokens = backend.one_pass_tokens(largest_shard(shard.rows, hidden.device, group), ONE_PASS_BLOCK_BYTES)
+    block_tokens = backend.one_pass_tokens(
+        largest_shard(shard.rows, hidden.device, group), ONE_PASS_BLOCK_BYTES
+    )
     for rows in live.split(block_tokens):
         x, y, g_lp = full[rows], target[rows], grad_logprob[rows]
         g_en = None if grad_entropy is None else grad_entropy[rows]

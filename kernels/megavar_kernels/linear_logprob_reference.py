@@ -34,19 +34,11 @@ def statistics(
     for start in range(0, hidden.shape[0], CPU_TOKENS):
         rows = slice(start, start + CPU_TOKENS)
         z = (hidden[rows].to(dtype) @ table).mul_(inv_temperature)
-        owned = target[rows] >= 0
-        own_logit = z.gather(1, target[rows].clamp(min=0).long()[:, None])[:, 0]
-        stats[3, rows] = own_logit.masked_fill(~owned, -torch.inf)
         keep_bytes -= z.numel() * z.element_size()
-        stats[0, rows] = z.amax(1)
         if keep_bytes >= 0:
             kept.append(z)
-            shifted = z - stats[0, rows, None]
-        else:
-            shifted = z.sub_(stats[0, rows, None])
-        e = shifted.exp()
-        stats[1, rows] = e.sum(1)
-        stats[2, rows] = e.mul_(shifted).sum(1)
+        _chunk_statistics(z, target[rows], stats[:, rows], in_place=keep_bytes < 0)
+        del z  # before the next chunk's
     return stats, kept
 
 
@@ -79,21 +71,43 @@ def gradients(
             log_p = kept[index] - lse[rows, None]
         else:
             log_p = (x @ table.t()).mul_(inv_temperature).sub_(lse[rows, None])
-        p = log_p.exp()
-        owned = (target[rows] >= 0).nonzero()[:, 0]
-        if grad_entropy is None:
-            dz = p.mul_(-grad_logprob[rows, None])
-        else:
-            slope = log_p.add_(entropy[rows, None]).mul_(grad_entropy[rows, None])
-            dz = p.mul_(slope.add_(grad_logprob[rows, None])).neg_()
-        dz[owned, target[rows][owned].long()] += grad_logprob[rows][owned]
-        dz.mul_(inv_temperature)
+        entropy_data = None if grad_entropy is None else (entropy[rows], grad_entropy[rows])
+        dz = _dlogits(log_p, target[rows], grad_logprob[rows], entropy_data).mul_(inv_temperature)
+        del log_p
         if hidden_grad is not None:
             torch.mm(dz, table, out=hidden_grad[rows])
         if weight_grad is not None:
             weight_grad.addmm_(dz.t(), x)
+        del dz
     if hidden_ready is not None:
         hidden_ready(slice(0, hidden.shape[0]))
+
+
+def _chunk_statistics(z: Tensor, target: Tensor, stats: Tensor, in_place: bool) -> None:
+    """Fill `stats` `[4, n]` from the logits `z` `[n, V]`, which are lost where in_place."""
+    own_logit = z.gather(1, target.clamp(min=0).long()[:, None])[:, 0]
+    stats[3] = own_logit.masked_fill(target < 0, -torch.inf)
+    stats[0] = z.amax(1)
+    shifted = z.sub_(stats[0, :, None]) if in_place else z - stats[0, :, None]
+    e = shifted.exp()
+    stats[1] = e.sum(1)
+    stats[2] = e.mul_(shifted).sum(1)
+
+
+def _dlogits(
+    log_p: Tensor, target: Tensor, grad_logprob: Tensor, entropy_data: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """dz `[n, V]` from log p, which is lost. entropy_data: the entropy and its gradient."""
+    dz = log_p.exp()
+    if entropy_data is None:
+        dz.mul_(-grad_logprob[:, None])
+    else:
+        entropy, grad_entropy = entropy_data
+        slope = log_p.add_(entropy[:, None]).mul_(grad_entropy[:, None])
+        dz.mul_(slope.add_(grad_logprob[:, None])).neg_()
+    owned = (target >= 0).nonzero()[:, 0]
+    dz[owned, target[owned].long()] += grad_logprob[owned]
+    return dz
 
 
 def new_weight_grad(weight: Tensor) -> Tensor:

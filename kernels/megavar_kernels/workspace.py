@@ -70,10 +70,12 @@ def workspace_bytes(
     if device_type == "cpu":
         chunk = min(computed, CPU_TOKENS) * vocab_rows * acc_item
         kept = min(keep_bytes, computed * vocab_rows * acc_item) if chunk else 0
-        widened = vocab_rows * hidden_size * acc_item if item < acc_item else 0  # the weight, and again its dW
+        widened = (
+            vocab_rows * hidden_size * acc_item if item < acc_item else 0
+        )  # the weight, and again its dW
         rows = min(computed, CPU_TOKENS) * hidden_size * acc_item
         return Workspace(
-            common + 3 * chunk + widened + rows, common + hidden_grad + 3 * chunk + 2 * widened + rows, kept
+            common + 2 * chunk + widened + rows, common + hidden_grad + 2 * chunk + 2 * widened + rows, kept
         )
     if computed == 0 or vocab_rows == 0:
         return Workspace(common, common + hidden_grad, 0)
@@ -88,9 +90,7 @@ def workspace_bytes(
     dlogits = min(computed, BLOCK_TOKENS) * cols * item
     partial = min(cols, vocab_rows) * hidden_size * 4 if computed > BLOCK_TOKENS and item < 4 else 0
     backward = hidden_grad + dlogits + partial + (0 if fused else stage)
-    return Workspace(
-        common + forward, common + backward, kept_tokens * kept_token_bytes(vocab_rows, dtype)
-    )
+    return Workspace(common + forward, common + backward, kept_tokens * kept_token_bytes(vocab_rows, dtype))
 
 
 def token_blocks(tokens: int) -> list[slice]:
@@ -117,7 +117,9 @@ def kept_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def kept_token_bytes(vocab_rows: int, dtype: torch.dtype) -> int:
     """One token's exponentials, and one maximum per STAGE_COLS columns."""
-    return math.ceil(vocab_rows / 16) * 16 * kept_dtype(dtype).itemsize + 4 * math.ceil(vocab_rows / STAGE_COLS)
+    return math.ceil(vocab_rows / 16) * 16 * kept_dtype(dtype).itemsize + 4 * math.ceil(
+        vocab_rows / STAGE_COLS
+    )
 
 
 def tokens_kept(tokens: int, vocab_rows: int, dtype: torch.dtype, keep_bytes: int) -> int:

@@ -4,7 +4,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from kernel_oracles import gradients, logprob_and_entropy
-from megavar_kernels import linear_logprob, linear_logprob_forward, linear_logprob_forward_backward
+from megavar_kernels import (
+    linear_logprob,
+    linear_logprob_forward,
+    linear_logprob_forward_backward,
+    linear_logprob_reference,
+)
 
 WORLD = 2
 T, H = 12, 16
@@ -55,6 +60,22 @@ def check_rank(rank: int, port: int) -> None:
             for dx, dw in ((x.grad, w.grad), once[2:]):
                 torch.testing.assert_close(dx.double(), want_dx[part], atol=1e-5, rtol=1e-5)
                 torch.testing.assert_close(dw.double(), want_dw[own], atol=1e-5, rtol=1e-5)
+            # the first shard has no room for any token's logits where the second one has
+            logprob, _ = linear_logprob(x, w, target, keep=4 * T * 20, **options)
+            dx, dw = torch.autograd.grad(logprob, (x, w), g_lp)
+            lp_dx, lp_dw = gradients(hidden, weight, target, g_lp, **oracle)
+            torch.testing.assert_close(dx.double(), lp_dx[part], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(dw.double(), lp_dw[own], atol=1e-5, rtol=1e-5)
+            # ranks with different rows go through the tokens in equal blocks
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(
+                    linear_logprob_reference, "one_pass_tokens", lambda rows, _: 5 if rows > 20 else 9
+                )
+                blocks = linear_logprob_forward_backward(
+                    x.detach(), w.detach(), target, g_lp, g_en, **options
+                )
+            for actual, expected in zip(blocks, once, strict=True):
+                torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
         with pytest.raises(ValueError, match="target: 1 ids are outside"):
             options["sequence_parallel"] = False
             outside = torch.where(torch.arange(T) == 5, vocab_size, target)

@@ -6,9 +6,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_oracles import gradients, logprob_and_entropy, within_ulp
+from live_bytes import LiveBytes
 from megavar_kernels import linear_logprob, linear_logprob_forward, linear_logprob_forward_backward
 from megavar_kernels import linear_logprob_triton as launch
 from megavar_kernels.vocab_parallel import merge_statistics
+from megavar_kernels.workspace import workspace_bytes
 
 
 @pytest.fixture(params=["chunked", "fused"])
@@ -133,6 +135,24 @@ def test_underflowing_kept_exponentials_have_no_entropy_gradient():
     logprob, entropy = linear_logprob(hidden, weight, target, keep=1 << 30)
     (logprob + entropy).sum().backward()
     assert entropy.eq(0).all() and weight.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("keep", [0, 21 * TOKEN_BYTES])
+@pytest.mark.parametrize("computed", [90, 60])
+def test_live_memory_stays_within_the_stated_workspace(fused, keep, computed, monkeypatch):
+    interpreter_shim.install(monkeypatch, fused=fused)
+    hidden, weight, target, g_lp, g_en = problem(90, 32, 150)
+    hidden.requires_grad_(), weight.requires_grad_()
+    target[computed:] = -100
+    space = workspace_bytes(90, 32, 150, torch.bfloat16, keep, computed_tokens=computed, fused=fused)
+    with LiveBytes().ignore(hidden, weight, target, g_lp, g_en) as step:
+        results = linear_logprob(hidden, weight, target, keep=keep)
+        torch.autograd.backward(results, (g_lp, g_en))
+    outputs = 2 * 4 * 90 + hidden.grad.numel() * 2 + weight.grad.numel() * 2
+    moved = 2 * hidden.grad.numel() * 2  # copies of up to 1024 rows when rows were dropped: all of them here
+    bound = max(space.forward, space.backward) + space.kept + outputs + moved * (computed < 90)
+    assert 0.6 * bound <= step.peak <= bound
 
 
 def test_launch_table_gives_the_fused_kernels_to_short_bf16_rows_on_sm_90(monkeypatch):
