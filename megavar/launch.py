@@ -133,9 +133,7 @@ def _report(error: ChildFailedError) -> int:
 
 def _rank(module: str, path: str, arguments: str) -> NoReturn:
     _die_with_parent(signal.SIGKILL)
-    # What libraries say of their own interfaces is for us, not for the user of a command.
-    warnings.filterwarnings("ignore", module=r"(torch|megatron)\b")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    quiet_libraries()
     status = 0
     try:
         importlib.import_module(module).main(Path(path), **json.loads(arguments))
@@ -162,6 +160,12 @@ def _hand_over(message: str, *, user: bool) -> None:
     content = json.dumps({"message": {"message": message, "extraInfo": extra}})
     # The agent may read it at any moment: it must never see half of it.
     write_atomically(Path(os.environ["TORCHELASTIC_ERROR_FILE"]), content)
+
+
+def quiet_libraries() -> None:
+    """Leave out what torch and Megatron say of their own interfaces: it is for us, not for a command's user."""
+    warnings.filterwarnings("ignore", module=r"(torch|megatron)\b")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
 
 
 def _die_with_parent(number: signal.Signals) -> None:

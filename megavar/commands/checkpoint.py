@@ -1,6 +1,6 @@
 """What `megavar import` writes and `megavar export` reads: a model as a Megatron distributed checkpoint.
 
-    <checkpoint>/import.json   layout and type of the weights
+    <checkpoint>/import.json   layout and type of the weights, and the size of every file
     <checkpoint>/weights/      torch_dist shards
     <checkpoint>/hf/           config, generation settings, tokenizer and chat template, byte for byte
 
@@ -29,18 +29,37 @@ class Manifest(NamedTuple):
     pp: int
     dtype: str
     """Of the parameters: "float32" or "bfloat16"."""
+    files: dict[str, int]
+    """Every other file of the checkpoint -> its size in bytes."""
 
-    def write(self, checkpoint: Path) -> None:
-        (checkpoint / MANIFEST).write_text(json.dumps(self._asdict()) + "\n", encoding="utf-8")
 
-    @classmethod
-    def read(cls, checkpoint: Path) -> Manifest:
-        """Raises UserError where the file is damaged."""
-        path = checkpoint / MANIFEST
-        try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error}); import the model again") from None
+def write_manifest(checkpoint: Path, *, tp: int, pp: int, dtype: str) -> None:
+    """The last file of a checkpoint: all others must be complete."""
+    files = {p.relative_to(checkpoint).as_posix(): p.stat().st_size for p in _files(checkpoint)}
+    manifest = Manifest(tp=tp, pp=pp, dtype=dtype, files=files)
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest._asdict(), indent=1) + "\n", encoding="utf-8")
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Raises UserError where it, or a file it names, is missing, truncated or damaged."""
+    path = checkpoint / MANIFEST
+    try:
+        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); import the model again") from None
+    sizes = {p.relative_to(checkpoint).as_posix(): p.stat().st_size for p in _files(checkpoint)}
+    for name, size in manifest.files.items():
+        if name not in sizes:
+            raise UserError(f"{checkpoint / name} is missing; import the model again")
+        if sizes[name] != size:
+            raise UserError(
+                f"{checkpoint / name} has {sizes[name]} bytes instead of {size}; import the model again"
+            )
+    return manifest
+
+
+def _files(checkpoint: Path) -> list[Path]:
+    return sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MANIFEST)
 
 
 def save_weights(module: GPTModel, directory: Path) -> None:
@@ -51,17 +70,11 @@ def save_weights(module: GPTModel, directory: Path) -> None:
 
 
 def load_weights(module: GPTModel, directory: Path) -> None:
-    """Fill this rank's parameters; collective. Raises UserError where files are missing or damaged."""
+    """Fill this rank's parameters, under any layout; collective."""
     from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.core import CheckpointingException
 
-    try:
-        state = dist_checkpointing.load(
-            {"model": module.sharded_state_dict(metadata=_metadata())}, str(directory)
-        )
-    except (CheckpointingException, OSError) as error:
-        raise UserError(f"{directory} cannot be loaded ({error}); import the model again") from None
-    module.load_state_dict(state["model"])
+    asked = {"model": module.sharded_state_dict(metadata=_metadata())}
+    module.load_state_dict(dist_checkpointing.load(asked, str(directory))["model"])
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -1,7 +1,7 @@
 """`megavar export RUN_DIR|CHECKPOINT OUT`: a trained model as a complete Hugging Face directory, reloaded as a check.
 
 A run holds its models as such directories already: they are copied file by file, without Megatron. A checkpoint of
-`megavar import` is loaded by as many ranks as wrote it.
+`megavar import` is loaded whole, in this process.
 """
 
 from __future__ import annotations
@@ -15,12 +15,19 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from megavar.commands.checkpoint import COMPANIONS, MANIFEST, WEIGHTS, Manifest, copy_companions, load_weights
-from megavar.commands.ranks import check_new_directory, run_on_ranks
+from megavar.commands.checkpoint import (
+    COMPANIONS,
+    MANIFEST,
+    WEIGHTS,
+    copy_companions,
+    load_weights,
+    read_manifest,
+)
+from megavar.commands.ranks import check_new_directory
 from megavar.config.load import load_recipe
 from megavar.data.suggest import did_you_mean
 from megavar.errors import UserError
-from megavar.launch import place_of
+from megavar.launch import quiet_libraries
 from megavar.models.architecture import read_architecture
 from megavar.models.hf_files import INDEX, SINGLE, StoredTensor, check_hf_directory
 from megavar.runs import phase_status
@@ -38,12 +45,9 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(
                 f"--arm {args.arm}: {source} is a checkpoint, it holds one model; leave --arm out"
             )
-        manifest = Manifest.read(source)
+        manifest = read_manifest(source)
         check_new_directory(out)
-        ranks = manifest.tp * manifest.pp
-        status = run_on_ranks("megavar.commands.export", source, ranks=ranks, out=str(out), limit=limit)
-        if status or place_of(ranks, "--ranks") not in (None, 0):
-            return status
+        export_checkpoint(source, out, dtype=manifest.dtype, max_shard_bytes=limit)
         _reload(out)
     else:
         raise UserError(
@@ -131,23 +135,24 @@ def _reload(out: Path) -> None:
     verify_export(out, load=True)
 
 
-def main(path: Path, *, out: str, limit: int) -> None:
-    """Export the checkpoint `path` to `out`; called on every rank."""
+def export_checkpoint(source: Path, out: Path, *, dtype: str, max_shard_bytes: int) -> None:
+    """Export a checkpoint of `megavar import`, whatever its layout, in this process and in host memory."""
+    # The reload check needs the model in host memory too, and no accelerator may be large or free enough.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    quiet_libraries()
     import torch.distributed as dist
 
     from megavar.parallel.groups import initialize
 
-    manifest = Manifest.read(path)
-    groups = initialize(tp=manifest.tp, pp=manifest.pp)
+    groups = initialize()
     # After megavar.parallel, which adapts Megatron to a machine without CUDA.
     from megavar.models.build import build_model, transformer_config
     from megavar.models.hf_export import export_hf
     from megavar.trainer.model import DTYPES
 
-    architecture = read_architecture(path / COMPANIONS)
-    config = transformer_config(architecture, groups, dtype=DTYPES[manifest.dtype])
+    architecture = read_architecture(source / COMPANIONS)
+    config = transformer_config(architecture, groups, dtype=DTYPES[dtype])
     module = build_model(architecture, config, groups)
-    load_weights(module, path / WEIGHTS)
-    export_hf([module], architecture, path / COMPANIONS, out, max_shard_bytes=limit)
-    dist.barrier()
+    load_weights(module, source / WEIGHTS)
+    export_hf([module], architecture, source / COMPANIONS, out, max_shard_bytes=max_shard_bytes)
     dist.destroy_process_group()

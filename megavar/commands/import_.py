@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from megavar.commands.checkpoint import COMPANIONS, WEIGHTS, Manifest, copy_companions, save_weights
+from megavar.commands.checkpoint import COMPANIONS, WEIGHTS, copy_companions, save_weights, write_manifest
 from megavar.commands.ranks import check_model, check_new_directory, run_on_ranks
 from megavar.errors import UserError
 
@@ -48,7 +48,7 @@ def main(path: Path, *, model: str, tp: int, pp: int, dtype: str) -> None:
     dist.barrier()
     if groups.is_main:
         copy_companions(Path(model), partial / COMPANIONS)
-        Manifest(tp=tp, pp=pp, dtype=dtype).write(partial)
+        write_manifest(partial, tp=tp, pp=pp, dtype=dtype)
         os.replace(partial, path)
         print(f"{path}: {dtype} weights of {model}, written by {groups.world} ranks (tp {tp}, pp {pp})")
     dist.barrier()
