@@ -283,7 +283,7 @@ class Fleet:
     def drain(self, timeout_s: float = 600.0) -> None:
         """Wait until no server runs or queues a request. Raises EngineError when time is up."""
         deadline = time.monotonic() + timeout_s
-        while self.gauges().get("num_running_reqs", 0) + self.gauges().get("num_queue_reqs", 0) > 0:
+        while any(self.gauges().get(name, 0.0) > 0 for name in ("num_running_reqs", "num_queue_reqs")):
             if time.monotonic() > deadline:
                 raise EngineError(f"requests still run after {timeout_s:g} s")
             time.sleep(_POLL_S)

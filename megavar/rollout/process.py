@@ -15,6 +15,19 @@ from megavar.errors import UserError
 from megavar.rollout.control import EngineError
 
 _LIFELINE = Path(__file__).with_name("lifeline.py")
+# Of the trainer's process group and environment. With torchrun's TORCHELASTIC_USE_AGENT_STORE an engine would wait
+# for a rendezvous that nobody serves.
+_NOT_THE_ENGINES = (
+    "RANK",
+    "LOCAL_",
+    "GROUP_",
+    "ROLE_",
+    "WORLD_SIZE",
+    "MASTER_",
+    "TORCHELASTIC_",
+    "PYTHONPATH",
+    "PYTEST_",
+)
 _NOISE = ("INFO:     ", "Ignore import error", "warnings.warn(", "UserWarning")
 
 
@@ -84,9 +97,7 @@ def server_command(
 def server_environment(spec: ServerSpec, devices: Sequence[str]) -> dict[str, str]:
     """Environment of one server. devices: GPU ids, or one CPU core list such as "0-3" per tensor-parallel
     rank; none leaves the choice to SGLang."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH"):
-        environment.pop(name, None)  # of the trainer's process group and environment, not the engine's
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(_NOT_THE_ENGINES)}
     environment["HF_HUB_OFFLINE"] = "1"
     if spec.device == "cpu":
         environment["SGLANG_USE_CPU_ENGINE"] = "0"
