@@ -18,7 +18,8 @@ def engine_with(run: Run, weights: Phase) -> Engine:
 
     One fleet serves policy and posterior in turn: phases alternate between them and never need both at once.
     """
-    directory, version = weights.path / "hf", f"{weights.name}@{weights.hash[:12]}"
+    # The name alone, for it is stored with each trace: a phase's hash differs between runs that do the same.
+    directory, version = weights.path / "hf", weights.name
     if run.engine is None:
         run.engine = _local(run, weights) if run.recipe.rollout.engine == "local" else _sglang(run, weights)
     elif run.engine_version != version:
@@ -35,7 +36,7 @@ def _local(run: Run, weights: Phase) -> Engine:
         dtype=DTYPES[run.recipe.model.dtype],
         device=str(run.groups.device),
         batch_size=run.recipe.rollout.batch_size,
-        version=f"{weights.name}@{weights.hash[:12]}",
+        version=weights.name,
     )
 
 
@@ -46,7 +47,7 @@ def _sglang(run: Run, weights: Phase) -> Engine:
     from megavar.rollout.sglang import SGLangEngine
 
     asked = run.recipe.rollout.servers
-    version = f"{weights.name}@{weights.hash[:12]}"
+    version = weights.name
     servers: Servers
     if asked.urls:
         servers = ExternalServers(asked.urls)
