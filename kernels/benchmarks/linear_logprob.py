@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from megavar_kernels import linear_logprob, linear_logprob_forward, linear_logprob_forward_backward
 from megavar_kernels import linear_logprob_triton as launch
-from peers import peers
+from megavar_kernels.workspace import workspace_bytes
+from peers import Peer, peer_versions, peers
 from timing import milliseconds, peak_mib, require_device, save
 
 VOCAB = 151_936
@@ -64,7 +65,13 @@ def error(hidden, weight, target, logprob, entropy):
     )
 
 
-def measure(tokens: int, width: int, shards: int) -> list[dict]:
+def stated_mib(tokens: int, width: int, rows: int, fused: bool) -> float:
+    """What workspace_bytes gives a recomputing step, with its outputs."""
+    space = workspace_bytes(tokens, width, rows, torch.bfloat16, fused=fused)
+    return (max(space.forward, space.backward) + 2 * width * (tokens + rows) + 8 * tokens) / 2**20
+
+
+def measure(tokens: int, width: int, shards: int, others: list[Peer]) -> list[dict]:
     rows = -(-VOCAB // shards)
     hidden = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16).mul_(width**-0.5).requires_grad_()
@@ -76,62 +83,78 @@ def measure(tokens: int, width: int, shards: int) -> list[dict]:
     shape["variant"] = "fused" if launch.uses_fused(x) else "chunked"
     results: list[dict] = []
 
-    def record(name, function, flops, floor=None):
+    def report(name, row, text):
+        results.append({**shape, "what": name, **row})
+        print(f"T={tokens} H={width} TP={shards} {shape['variant']:<8} {name:<36} {text}", flush=True)
+
+    def record(name, function, flops, floor=None, **extra):
         try:
-            row = {**shape, "what": name, "ms": milliseconds(function), "peak_mib": peak_mib(function)}
+            row = {"ms": milliseconds(function), "peak_mib": peak_mib(function), **extra}
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
-            row = {**shape, "what": name, "ms": None, "peak_mib": None}
-        else:
-            row["tflops"] = flops / row["ms"] / 1e9
-            row["ratio_to_gemm"] = row["ms"] / floor if floor else None
-        results.append(row)
-        text = ", ".join(f"{key}={value:.4g}" for key, value in row.items() if isinstance(value, float))
-        print(f"T={tokens} H={width} TP={shards} {shape['variant']:<8} {name:<32} {text or 'out of memory'}")
+            report(name, {"ms": None, "status": "out of memory"}, "out of memory")
+            return None
+        row["tflops"] = flops / row["ms"] / 1e9
+        if floor:
+            row["ratio_to_gemm"] = row["ms"] / floor
+        report(name, row, ", ".join(f"{key}={value:.4g}" for key, value in row.items()))
         return row["ms"]
 
     def step(keep):
-        def run():
-            hidden.grad = weight.grad = None
-            linear_logprob(hidden, weight, target, keep=keep)[0].backward(grad)
-
-        return run
+        # autograd.grad hands the gradients out, so that they count in the peak and not before it
+        return lambda: torch.autograd.grad(
+            linear_logprob(hidden, weight, target, keep=keep)[0], (hidden, weight), grad
+        )
 
     forward_ms = record("gemm 2THV", forward_gemm(x, w), flop)
     step_ms = record("gemm 6THV", step_gemms(x, w), 3 * flop)
     record("forward", lambda: linear_logprob_forward(x, w, target), flop, forward_ms)
     record("backward", backward_alone(hidden, weight, target, grad), 3 * flop, step_ms)
-    record("step, recompute 8THV", step("none"), 4 * flop, step_ms)
+    stated = stated_mib(tokens, width, rows, shape["variant"] == "fused")
+    record("step, recompute 8THV", step("none"), 4 * flop, step_ms, stated_mib=stated)
     record("step, keep=auto", step("auto"), 3 * flop, step_ms)
     record("one pass 6THV", lambda: linear_logprob_forward_backward(x, w, target, grad), 3 * flop, step_ms)
-    if shards == 1:
-        for name, loss in peers():
-            record(f"{name} forward", lambda loss=loss: loss(x, w, target), flop, forward_ms)
+    for peer in others if shards == 1 else ():
+        if peer.loss is None:
+            report(peer.name, {"ms": None, "status": peer.reason}, peer.reason)
+            continue
 
-            def peer_step(loss=loss):
-                hidden.grad = weight.grad = None
-                loss(hidden, weight, target).backward()
+        def peer_step(loss=peer.loss):
+            return torch.autograd.grad(loss(hidden, weight, target), (hidden, weight))
 
-            record(f"{name} step", peer_step, 3 * flop, step_ms)
+        try:
+            record(f"{peer.name} forward", lambda loss=peer.loss: loss(x, w, target), flop, forward_ms)
+            record(f"{peer.name} step", peer_step, 3 * flop, step_ms)
+        except Exception as failure:  # whatever a peer raises is a row of the table, not the end of the run
+            reason = f"unsupported: {type(failure).__name__}: {failure}".splitlines()[0]
+            report(peer.name, {"ms": None, "status": reason}, reason)
     errors = error(x, w, target, *linear_logprob_forward(x, w, target))
     results.append({**shape, "what": "error", "logprob": errors[0], "entropy": errors[1]})
     print(f"T={tokens} H={width} TP={shards} largest error: logprob {errors[0]:.2e}, entropy {errors[1]:.2e}")
     return results
 
 
+def positive(text: str) -> int:
+    """An argument of at least one."""
+    if (value := int(text)) < 1:
+        raise ValueError(text)
+    return value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
-    parser.add_argument("--hidden", type=int, nargs="+", default=[2048, 4096, 5120])
-    parser.add_argument("--shards", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--tokens", type=positive, nargs="+", default=[4096, 8192, 16384, 32768])
+    parser.add_argument("--hidden", type=positive, nargs="+", default=[2048, 4096, 5120])
+    parser.add_argument("--shards", type=positive, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--save", type=Path, default=Path(__file__).parent / "results/linear_logprob.json")
     arguments = parser.parse_args()
     require_device(parser.prog)
     torch.manual_seed(0)
     rows = []
+    others = peers()
     for shape in itertools.product(arguments.tokens, arguments.hidden, arguments.shards):
-        rows += measure(*shape)
-        save(arguments.save, rows)
+        rows += measure(*shape, others)
+        save(arguments.save, rows, **peer_versions())
 
 
 if __name__ == "__main__":

@@ -44,13 +44,14 @@ def peak_mib(function: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def save(path: Path, rows: list[dict]) -> None:
-    """Write rows with the device and versions they were measured on."""
+def save(path: Path, rows: list[dict], **versions: object) -> None:
+    """Write rows with the device and versions they were measured on, and further `versions`."""
     record = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
+        **versions,
         "rows": rows,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
