@@ -3,6 +3,7 @@
 import interpreter_shim
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_oracles import gradients, logprob_and_entropy, within_ulp
@@ -93,6 +94,34 @@ def test_bf16_gradients_are_one_ulp_from_exact_products_of_the_rounded_dlogits()
     slack = 2.0**-8 * float(dz.abs().max()) * 0.05
     assert within_ulp(x.grad, dz @ weight.double(), floor=slack)
     assert within_ulp(w.grad, dz.t() @ hidden.double(), floor=slack)
+
+
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_blocks_of_dx_go_through_the_group(sequence_parallel):
+    hidden, weight, target, g_lp, _ = problem(60, 16, 150, torch.float32)
+    target[3], g_lp[5] = -100, 0.0
+    hidden.requires_grad_(), weight.requires_grad_()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        options = dict(group=dist.group.WORLD, sequence_parallel=sequence_parallel, keep="none")
+        linear_logprob(hidden, weight, target, **options)[0].backward(g_lp)
+    finally:
+        dist.destroy_process_group()
+    want = gradients(hidden, weight, target, g_lp)
+    for actual, expected in zip((hidden.grad, weight.grad), want, strict=True):
+        torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize("rows", [0, 150])
+def test_every_shard_announces_the_same_blocks_of_dx(rows):
+    hidden, weight, target, g_lp, _ = problem(60, 16, 150, torch.float32)
+    grad, parts = torch.full((60, 16), torch.nan), []
+    row, lse = torch.full_like(target, -1, dtype=torch.int32), torch.zeros(60)
+    launch.gradients(hidden, weight[:rows], row, lse, lse, g_lp, None, 1.0, None, grad, parts.append, None)
+    assert parts == [slice(0, 24), slice(24, 48), slice(48, 60)]
+    assert grad.isfinite().all() and grad.any() == (rows > 0)
 
 
 @pytest.mark.usefixtures("variant")
