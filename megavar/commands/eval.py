@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import ArrayLike
 
 from megavar.commands.tables import TableWriter, check_output
 from megavar.config.load import load_recipe
@@ -286,7 +287,7 @@ def _table(tally: Tally, *, title: str, samples: int) -> Table:
     for name in ("metric", "value", "95% interval", "questions", "samples"):
         table.add_column(name, justify="left" if name == "metric" else "right")
 
-    def line(metric: str, scores: Sequence[Any]) -> None:
+    def line(metric: str, scores: Sequence[ArrayLike]) -> None:
         found = accuracy(scores)
         interval = f"[{found.low:.4f}, {found.high:.4f}]"
         table.add_row(escape(metric), f"{found.mean:.4f}", interval, str(found.questions), str(found.samples))
@@ -300,7 +301,7 @@ def _table(tally: Tally, *, title: str, samples: int) -> Table:
         counts = np.array([sum(c) for c in tally.correct], dtype=np.int64)
         k = 2
         while k <= samples:
-            line(f"pass@{k}", pass_at_k(np.full(len(counts), samples), counts, k))
+            line(f"pass@{k}", pass_at_k(np.full(len(counts), samples), counts, k).tolist())
             k *= 2
         line(f"majority of {samples}", tally.votes)
     return table

@@ -10,6 +10,7 @@ from statistics import mean
 import pyarrow.parquet as pq
 import pytest
 
+from megavar.cli import main
 from megavar.evaluate.statistics import student_t_quantile
 
 SAMPLING = ["--samples", 4, "--temperature", 2.5, "--max-tokens", 70]
@@ -43,7 +44,7 @@ def numbers(printed: str) -> dict[str, list[float]]:
     return rows
 
 
-def test_numbers_are_those_of_the_records(inputs: Path, megavar, finish, tmp_path) -> None:
+def test_numbers_are_those_of_the_records(inputs: Path, megavar, finish, tmp_path, capsys) -> None:
     """References are set to what an untrained model says, so that the right numbers are neither 0 nor 1."""
     questions = [{"id": f"q{n}", "prompt": f"{n} + 1 =", "answer": "?"} for n in range(40)]
     first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
@@ -66,7 +67,8 @@ def test_numbers_are_those_of_the_records(inputs: Path, megavar, finish, tmp_pat
     second.write_text("".join(json.dumps(q) + "\n" for q in questions))
 
     words = ["--template", "qwen3_think", *SAMPLING, "--out", tmp_path / "b.jsonl"]
-    out = finish(megavar("eval", inputs / "model", "--data", second, *words))
+    assert main(["eval", *map(str, [inputs / "model", "--data", second, *words])]) == 0
+    out = capsys.readouterr().out
     again = [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()]
     assert [row["completion"] for row in again] == [row["completion"] for row in rows]
     answers = [[row["answer"] for row in rows[4 * n : 4 * n + 4]] for n in range(40)]

@@ -26,7 +26,7 @@ def reference(model: Path, rows: list[tuple[list[int], list[int]]], temperature:
 
 
 def test_scores_of_texts_and_ids_equal_transformers(inputs, megavar, finish, tmp_path) -> None:
-    """Texts on TP2 x DP2 and ids on PP2, in chunks of a few rows; the order of rows is the input's."""
+    """Texts on DP2 and ids on PP2, in chunks of a few rows; the order of rows is the input's."""
     model = inputs / "model"
     tokenizer = AutoTokenizer.from_pretrained(model)
     questions = [json.loads(line) for line in (inputs / "train.jsonl").read_text().splitlines()]
@@ -51,7 +51,7 @@ def test_scores_of_texts_and_ids_equal_transformers(inputs, megavar, finish, tmp
     pq.write_table(pa.table(table), tmp_path / "ids.parquet")
 
     common = ["--dtype", "float32", "--tokens-per-micro-batch", 100]
-    layout = ["--tp", 2, "--ranks", 4, "--temperature", 0.7]
+    layout = ["--ranks", 2, "--temperature", 0.7]
     out = finish(
         megavar("score", model, tmp_path / "texts.jsonl", "--out", tmp_path / "a.parquet", *layout, *common)
     )
