@@ -1,4 +1,4 @@
-"""Run by torchrun: one global batch under many layouts, gradients against transformers; then training, checkpoints, bf16.
+"""Run by torchrun: one global batch under many layouts against transformers; training, checkpoints, bf16.
 
 Each rank asserts; the launcher looks at the exit code and at what rank 0 prints.
 """
