@@ -29,6 +29,7 @@ setup(
         "rich>=13.9",
         "math-verify>=0.8",
         "reasoning-gym>=0.1.20",
+        "aiohttp>=3.11",
         "httpx>=0.27",
     ],
     extras_require={
@@ -36,8 +37,10 @@ setup(
         "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13", "tiktoken>=0.9", "pandas>=2"],
         # NVIDIA apex comes with NGC images; the package of that name on PyPI is an unrelated project.
         "gpu": ["transformer-engine[pytorch]>=2.8", "nvidia-modelopt>=0.40"],
-        "sglang": ["sglang-router>=0.3.2"],
+        # For an environment of its own, never the trainer's; `python -m megavar.rollout.engine_env` builds it, pinned.
+        "sglang": ["sglang==0.5.23", "sglang-router==0.3.2"],
         "eval": ["sgl-eval"],
     },
+    package_data={"megavar.rollout": ["requirements-engine-*.txt", "sglang_cpu_plugin/**/*"]},
     entry_points={"console_scripts": ["megavar = megavar.cli:main"]},
 )

@@ -18,6 +18,7 @@ from megavar.data.traces import IDS, TraceStore
 from megavar.phases.engines import engine_with, samplers
 from megavar.phases.run import OpenPhase, Run, sampling_seeds, total_over_ranks
 from megavar.rollout.engine import Completion, Engine, Request, SamplingParams
+from megavar.rollout.metrics import RolloutMeter
 from megavar.rollout.sglang import SGLangEngine
 from megavar.runs import Phase
 
@@ -157,12 +158,16 @@ def _by_parts(
     # A server fleet takes all parts as one stream, so that no tail of a part leaves it idle. Batches of the
     # in-process engine end with the part, so that its bytes depend neither on ranks nor on resumption.
     streams = [[part] for part in mine] if run.recipe.rollout.engine == "local" else [mine]
+    meter = RolloutMeter()
     tokens, started = 0, time.perf_counter()
     with run.progress.phase(opened.phase.name, parts, "parts", done=len(done)) as task:
         for stream in streams:
             if not stream:
                 continue
-            for part, asked, completions in _whole_parts(engine_with(run, weights), stream, requests, params):
+            engine = engine_with(run, weights)
+            if isinstance(engine, SGLangEngine):
+                engine.meter = meter  # what it tells of is this phase
+            for part, asked, completions in _whole_parts(engine, stream, requests, params):
                 tokens += sum(len(c.ids) for c in completions)
                 yield part, asked, completions
                 # Only the first rank shows progress; the others keep its pace.

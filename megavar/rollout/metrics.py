@@ -52,8 +52,8 @@ class RolloutMeter:
         return {
             "rollout/completions": self.completions,
             "rollout/tokens": self.tokens,
-            "rollout/tokens_per_s": self.tokens / seconds if seconds else 0.0,
-            "rollout/mean_length": self.tokens / self.completions if self.completions else 0.0,
+            "rollout/tokens_per_second": self.tokens / seconds if seconds else 0.0,
+            "rollout/mean_tokens": self.tokens / self.completions if self.completions else 0.0,
             "rollout/truncation_rate": self.truncated / self.completions if self.completions else 0.0,
             "rollout/mixed_version_rate": self.mixed_versions / self.completions if self.completions else 0.0,
             "rollout/cache_hit_rate": self._cached_tokens / self._prompt_tokens

@@ -102,7 +102,3 @@ def engine(fleet: Fleet):
     engine = SGLangEngine(Borrowed(fleet), concurrency=64, timeout_s=120.0)
     yield engine
     engine.close()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "engine: needs SGLang's environment (make engine-env)")
