@@ -26,10 +26,12 @@ def has_checkpoint(phase: Path) -> bool:
     return (phase / ".checkpoints" / "latest").exists()
 
 
-def kill_when(recipe: Path, phase: Path, ready: Callable[[Path], bool], delay: float = 0.0) -> str:
+def kill_when(
+    recipe: Path, phase: Path, ready: Callable[[Path], bool], *options: object, delay: float = 0.0
+) -> str:
     """Run the recipe; once `ready(phase)`, wait `delay` seconds and kill it. Where it was hit, in words."""
     run = subprocess.Popen(
-        command("run", recipe), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command("run", recipe, *options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     while not ready(phase):
         if run.poll() is not None:
