@@ -20,7 +20,6 @@ $(READY): $(CONSTRAINTS) setup.py
 	$(BIN)/pip install -q -c $(CONSTRAINTS) setuptools torch
 	$(BIN)/pip install -q -c $(CONSTRAINTS) --no-deps --ignore-requires-python megatron-core dashscope
 	$(BIN)/pip install -q -c $(CONSTRAINTS) --no-build-isolation -e '.[dev]'
-	$(BIN)/python -m compileall -q $(VENV)/lib
 	touch $@
 
 quickstart: $(READY)
