@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -143,10 +144,13 @@ class Run:
             raise UserError(f"{name}: {error}") from None
         if opened.todo:
             dist.barrier()
-            phase.finish(opened.counts, opened.metrics)
+            # JSON has neither infinities nor NaN; `float` reads their names.
+            infinite = {k for k, v in opened.metrics.items() if isinstance(v, float) and not math.isfinite(v)}
+            metrics = {k: str(v) if k in infinite else v for k, v in opened.metrics.items()}
+            phase.finish(opened.counts, metrics)
             if not opened.stepwise:
                 self.metrics.rewind(name)
-                self.metrics.log(name, 0, opened.metrics)
+                self.metrics.log(name, 0, metrics)
         # The next phase reads this one's manifest.
         dist.barrier()
         self.finished.add(name)
