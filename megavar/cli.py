@@ -32,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return show(args.run)
         import importlib
 
+        from megavar.launch import quiet_libraries
+
+        quiet_libraries()
         return importlib.import_module(f"megavar.commands.{COMMANDS[args.verb]}").run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

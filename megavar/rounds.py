@@ -80,65 +80,13 @@ def offline_round(run: Run) -> list[Result]:
     # 2. the posterior q(z|x,y') is fitted, to the same traces or by forward KL to the policy's own
     posterior = fit_posterior(run, initial)
 
-    # 3. q proposes K traces per question
-    traces = sample_traces(
-        run,
-        "proposals/traces",
-        weights=posterior,
-        encoder=run.posterior,
-        questions=run.train,
-        role="posterior",
-        count=recipe.rollout.traces,
-        whole=False,
-        params=run.sampling(recipe.rollout.max_thought_tokens),
-        seed=recipe.rollout.seed,
-    )
+    # 3. to 7. q proposes K traces per question; they are scored and their answers verified
+    objectives = {arm.objective for arm in recipe.arms}
+    proposals = propose(run, initial, posterior) if "variational" in objectives else None
+    own = sample_own(run, initial) if "rft" in objectives else None
 
-    # 4. log pi_0(z|x) and log pi_0(y*|x,z);  5. log q(z|x,y')
-    policy_scores = score_under_policy(run, "proposals/policy_scores", weights=initial, traces=traces)
-    posterior_scores = score_under_posterior(
-        run, "proposals/posterior_scores", weights=posterior, traces=traces
-    )
-
-    # 6. N answers per trace;  7. are they correct? Only the accuracy estimator asks.
-    answers = verdicts = None
-    if any(arm.objective == "variational" and arm.estimator == "accuracy" for arm in recipe.arms):
-        answers = sample_answers(
-            run,
-            "proposals/answers",
-            weights=initial,
-            traces=traces,
-            count=recipe.rollout.answers,
-            params=run.sampling(recipe.rollout.max_answer_tokens),
-        )
-        verdicts = verify_answers(run, "proposals/verdicts", answers=answers)
-    proposals = Proposals(
-        traces=traces,
-        policy_scores=policy_scores,
-        posterior_scores=posterior_scores,
-        answers=answers,
-        verdicts=verdicts,
-    )
-
-    # for rejection sampling: the initial policy's own traces, whole
-    own = None
-    if any(arm.objective == "rft" for arm in recipe.arms):
-        whole = sample_traces(
-            run,
-            "own/traces",
-            weights=initial,
-            encoder=run.policy,
-            questions=run.train,
-            role="policy",
-            count=recipe.rollout.traces,
-            whole=True,
-            params=run.sampling(recipe.rollout.max_thought_tokens + recipe.rollout.max_answer_tokens),
-            seed=recipe.rollout.seed,
-        )
-        own = whole, verify_traces(run, "own/verdicts", traces=whole, questions=run.train)
-
-    verdicts_of_initial = evaluate(run, "eval/initial", weights=initial)
-    results = [Result(name="initial", verdicts=verdicts_of_initial, data=None)]
+    judged = evaluate(run, "eval/initial", weights=initial)
+    results = [Result(name="initial", verdicts=judged, data=None)]
     fit = same_steps(recipe, len(run.train))
     for arm in recipe.arms:
         # 8. weights rho~ turn traces into a training set;  9. the policy learns it
@@ -186,14 +134,76 @@ def fit_posterior(run: Run, initial: Phase) -> Phase:
     return fit_phase(run, "posterior/fit", start=None, data=data, fit=settings.fit)
 
 
+def propose(run: Run, initial: Phase, posterior: Phase) -> Proposals:
+    """Steps 3 to 7: the posterior's traces and all that the weights are made of."""
+    recipe = run.recipe
+    traces = sample_traces(
+        run,
+        "proposals/traces",
+        weights=posterior,
+        encoder=run.posterior,
+        questions=run.train,
+        role="posterior",
+        count=recipe.rollout.traces,
+        whole=False,
+        params=run.sampling(recipe.rollout.max_thought_tokens),
+        seed=recipe.rollout.seed,
+    )
+
+    # 4. log pi_0(z|x) and log pi_0(y*|x,z);  5. log q(z|x,y')
+    policy_scores = score_under_policy(run, "proposals/policy_scores", weights=initial, traces=traces)
+    posterior_scores = score_under_posterior(
+        run, "proposals/posterior_scores", weights=posterior, traces=traces
+    )
+
+    # 6. N answers per trace;  7. are they correct? Only the accuracy estimator asks.
+    answers = verdicts = None
+    if any(arm.objective == "variational" and arm.estimator == "accuracy" for arm in recipe.arms):
+        answers = sample_answers(
+            run,
+            "proposals/answers",
+            weights=initial,
+            traces=traces,
+            count=recipe.rollout.answers,
+            params=run.sampling(recipe.rollout.max_answer_tokens),
+        )
+        verdicts = verify_answers(run, "proposals/verdicts", answers=answers)
+    return Proposals(
+        traces=traces,
+        policy_scores=policy_scores,
+        posterior_scores=posterior_scores,
+        answers=answers,
+        verdicts=verdicts,
+    )
+
+
+def sample_own(run: Run, initial: Phase) -> tuple[Phase, Phase]:
+    """For rejection sampling: the initial policy's own traces with their answers, and the verdicts on them."""
+    rollout = run.recipe.rollout
+    traces = sample_traces(
+        run,
+        "own/traces",
+        weights=initial,
+        encoder=run.policy,
+        questions=run.train,
+        role="policy",
+        count=rollout.traces,
+        whole=True,
+        params=run.sampling(rollout.max_thought_tokens + rollout.max_answer_tokens),
+        seed=rollout.seed,
+    )
+    return traces, verify_traces(run, "own/verdicts", traces=traces, questions=run.train)
+
+
 def training_set(
-    run: Run, arm: Arm, seen: Phase, own: tuple[Phase, Phase] | None, proposals: Proposals
+    run: Run, arm: Arm, seen: Phase, own: tuple[Phase, Phase] | None, proposals: Proposals | None
 ) -> Phase:
     """Phase 8 of one arm. `own`: the initial policy's traces and their verdicts."""
     if arm.objective == "sft":
         return seen
     name = f"arms/{arm.name}/data"
     if arm.objective == "variational":
+        assert proposals is not None
         return variational_training_set(run, name, arm, proposals)
     assert own is not None
     return rft_training_set(run, name, traces=own[0], verdicts=own[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -15,8 +16,9 @@ ARM = "variational-acc"
 
 
 def step(*command: object) -> None:
-    print(f"\n$ {' '.join(str(c).replace(f'{ROOT}/', '') for c in command[:1] + command[1:])}", flush=True)
-    subprocess.run([str(c) for c in command], check=True)
+    words = [str(word) for word in command]
+    print("\n$", " ".join(words).replace(f"{ROOT}/", ""), flush=True)
+    subprocess.run(words, check=True, env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
 
 
 def main() -> None:

@@ -27,7 +27,6 @@ from megavar.commands.ranks import check_new_directory
 from megavar.config.load import load_recipe
 from megavar.data.suggest import did_you_mean
 from megavar.errors import UserError
-from megavar.launch import quiet_libraries
 from megavar.models.architecture import read_architecture
 from megavar.models.hf_files import INDEX, SINGLE, StoredTensor, check_hf_directory
 from megavar.runs import phase_status
@@ -139,7 +138,6 @@ def export_checkpoint(source: Path, out: Path, *, dtype: str, max_shard_bytes: i
     """Export a checkpoint of `megavar import`, whatever its layout, in this process and in host memory."""
     # The reload check needs the model in host memory too, and no accelerator may be large or free enough.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    quiet_libraries()
     import torch.distributed as dist
 
     from megavar.parallel.groups import initialize

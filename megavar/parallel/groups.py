@@ -11,6 +11,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+_PATIENCE = timedelta(hours=24)
+"""How long a rank waits for another: the first one may sample for hours while the others stand at a barrier."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Groups:
@@ -36,7 +39,7 @@ class Groups:
         return self.rank == 0
 
 
-def initialize(*, tp: int = 1, pp: int = 1, seed: int = 1234, timeout_minutes: float = 60) -> Groups:
+def initialize(*, tp: int = 1, pp: int = 1, seed: int = 1234) -> Groups:
     """Join the job's processes (torchrun's or srun's environment; alone without one) and split them into groups.
 
     NCCL where CUDA is there, gloo elsewhere. May be called again with another layout: the groups are rebuilt.
@@ -56,7 +59,7 @@ def initialize(*, tp: int = 1, pp: int = 1, seed: int = 1234, timeout_minutes: f
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         dist.init_process_group(
-            backend="cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes)
+            backend="cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE
         )
     world = dist.get_world_size()
     if world % (tp * pp):
