@@ -23,6 +23,7 @@ setup(
         "packaging>=24",
         "einops>=0.8",
         "pyarrow>=18",
+        "scipy>=1.13",
         "datasets>=4",
         "pydantic>=2.10",
         "tomli-w>=1.0",

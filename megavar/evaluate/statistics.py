@@ -1,4 +1,4 @@
-"""Accuracy and its uncertainty over questions with several samples each. Numpy only."""
+"""Accuracy and its uncertainty over questions with several samples each."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.stats import t as student_t
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +57,7 @@ def accuracy(scores: Sequence[ArrayLike], *, confidence: float = 0.95) -> Accura
         low, high = wilson_interval(mean, count, confidence=confidence)
     else:
         half = (
-            student_t_quantile(0.5 + confidence / 2, count - 1) * float(means.std(ddof=1)) / math.sqrt(count)
+            float(student_t.ppf(0.5 + confidence / 2, count - 1) * means.std(ddof=1)) / math.sqrt(count)
         )
         low, high = max(mean - half, 0.0), min(mean + half, 1.0)
     return Accuracy(
@@ -78,37 +79,6 @@ def wilson_interval(proportion: float, trials: int, *, confidence: float = 0.95)
     low = 0.0 if proportion == 0 else max(centre - half, 0.0)
     high = 1.0 if proportion == 1 else min(centre + half, 1.0)
     return low, high
-
-
-def student_t_quantile(probability: float, df: int) -> float:
-    """Quantile of Student's t with `df` >= 1 degrees of freedom, for probability in [0.5, 1)."""
-    if df > 200:
-        # Cornish-Fisher (Abramowitz and Stegun 26.7.5), error below 1e-8 here.
-        z = NormalDist().inv_cdf(probability)
-        g1 = (z**3 + z) / 4
-        g2 = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-        g3 = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-        return z + g1 / df + g2 / df**2 + g3 / df**3
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        if 0.5 + _student_t_mass(middle, df) / 2 < probability:
-            low = middle
-        else:
-            high = middle
-    return math.sqrt(df) * math.tan(low)
-
-
-def _student_t_mass(theta: float, df: int) -> float:
-    """P(|T| < sqrt(df) tan(theta)), the finite series of Abramowitz and Stegun 26.7.3 and 26.7.4."""
-    cos2 = math.cos(theta) ** 2
-    odd = df % 2
-    term, total = (math.cos(theta) if odd else 1.0), 0.0
-    for j in range(2 + odd, df + 1, 2):
-        total += term
-        term *= (j - 1) / j * cos2
-    total *= math.sin(theta)
-    return 2 / math.pi * (theta + total) if odd else total
 
 
 def pass_at_k(samples: ArrayLike, correct: ArrayLike, k: int) -> np.ndarray:

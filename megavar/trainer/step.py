@@ -12,7 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megavar.data.packing import plan_micro_batches
 from megavar.data.training_set import Example
-from megavar.trainer.batch import MicroBatch, build_micro_batch
+from megavar.trainer.batch import IGNORE, MicroBatch, build_micro_batch
 from megavar.trainer.model import Model, forward
 from megavar.trainer.optimizer import Training
 
@@ -66,10 +66,9 @@ def backward_global_batch(
     def loss(batch: MicroBatch, logprobs: torch.Tensor) -> tuple[torch.Tensor, dict]:
         value = -(batch.weights * logprobs).sum() / (normaliser * questions)
         if groups.tp_rank == 0:
-            targets = sum(s.stop - s.start for s in batch.responses)
-            nll = -sum(logprobs.detach()[s].double().sum() for s in batch.responses)
-            sums.add_(torch.stack([value.detach().double(), torch.as_tensor(nll, device=sums.device).double(),
-                                   sums.new_tensor(targets), sums.new_tensor(batch.tokens.numel())]))  # fmt: skip
+            # Ignored tokens have log-prob 0.
+            seen = (value, -logprobs.double().sum(), (batch.targets != IGNORE).sum(), batch.tokens.numel())
+            sums.add_(torch.stack([torch.as_tensor(x, device=sums.device).detach().double() for x in seen]))
         # The schedule scales what it is given in place, hence a tensor of its own.
         return value * undo_means, {}
 

@@ -13,34 +13,19 @@ from megavar.evaluate.statistics import (
     accuracy,
     majority_vote,
     pass_at_k,
-    student_t_quantile,
     wilson_interval,
 )
 
 
-@pytest.mark.parametrize(
-    ("probability", "df", "value"),
-    [
-        (0.975, 1, 12.7062),
-        (0.975, 2, 4.30265),
-        (0.975, 3, 3.18245),
-        (0.975, 10, 2.22814),
-        (0.995, 7, 3.49948),
-        (0.95, 30, 1.69726),
-        (0.975, 120, 1.97993),
-        (0.975, 200, 1.97190),
-        (0.975, 201, 1.97184),
-        (0.975, 1000, 1.96234),
-        (0.995, 1000, 2.58075),
-    ],
-)
-def test_student_t_against_tables(probability, df, value):
-    assert student_t_quantile(probability, df) == pytest.approx(value, abs=6e-6 * max(1, value))
-
-
-def test_student_t_is_smooth_where_the_method_changes():
-    series, expansion = student_t_quantile(0.975, 200), student_t_quantile(0.975, 201)
-    assert 0 < series - expansion < 1e-4
+@pytest.mark.parametrize(("questions", "quantile"), [(4, 3.18245), (11, 2.22814), (121, 1.97993)])
+def test_interval_takes_students_t_with_one_question_less(questions, quantile):
+    """Quantiles of any table, at 0.975 with questions - 1 degrees of freedom."""
+    means = [0.4 + 0.2 * (i % 2) for i in range(questions)]
+    result = accuracy([[m, m] for m in means])
+    deviation = (sum((m - sum(means) / questions) ** 2 for m in means) / (questions - 1)) ** 0.5
+    half = quantile * deviation / questions**0.5
+    assert result.high - result.mean == pytest.approx(half, rel=1e-5)
+    assert result.mean - result.low == pytest.approx(half, rel=1e-5)
 
 
 def test_wilson_against_a_worked_example():
