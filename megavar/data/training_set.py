@@ -37,6 +37,12 @@ class Example:
     weight: float
     """The objective's weight of this example; the weights of a question sum to the question's mass."""
 
+    @classmethod
+    def of(cls, question_id: str, prompt: np.ndarray, response: np.ndarray, weight: float = 1.0) -> Example:
+        """The sequence of prompt ids [P] and response ids [R]."""
+        ids = np.concatenate([prompt, response])
+        return cls(question_id=question_id, ids=ids, response_start=len(prompt), weight=weight)
+
     @property
     def response_length(self) -> int:
         return len(self.ids) - self.response_start

@@ -43,13 +43,7 @@ def dataset_example(
     response = encoder.thought_ids(question.trace or "")
     if with_answer:
         response = np.concatenate([response, encoder.answer_ids(question.solution)])
-    prompt = encoder.prompt_ids(question)
-    return Example(
-        question_id=question.id,
-        ids=np.concatenate([prompt, response]),
-        response_start=len(prompt),
-        weight=weight,
-    )
+    return Example.of(question.id, encoder.prompt_ids(question), response, weight)
 
 
 def write_training_phase(

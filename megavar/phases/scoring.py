@@ -57,9 +57,8 @@ def score_under_policy(run: Run, name: str, *, weights: Phase, traces: Phase) ->
 
     def example(trace: Trace, question: Question) -> Example:
         answer = run.policy.answer_ids(question.solution)
-        return _example(
-            question, run.policy.prompt_ids(question), np.concatenate([trace.thought_ids, answer])
-        )
+        response = np.concatenate([trace.thought_ids, answer])
+        return Example.of(question.id, run.policy.prompt_ids(question), response)
 
     def rows(scored: list[tuple[Trace, np.ndarray]]) -> Iterable[dict]:
         for trace, logprobs in scored:
@@ -78,22 +77,13 @@ def score_under_posterior(run: Run, name: str, *, weights: Phase, traces: Phase)
     """log q of each closed thought, at the temperature it was sampled at; its gap to the engine's own is a metric."""
 
     def example(trace: Trace, question: Question) -> Example:
-        return _example(question, trace.prompt_ids, trace.thought_ids)
+        return Example.of(question.id, trace.prompt_ids, trace.thought_ids)
 
     def rows(scored: list[tuple[Trace, np.ndarray]]) -> Iterable[dict]:
         for trace, logprobs in scored:
             yield {"question_id": trace.question_id, "index": trace.index, "thought": logprobs}
 
     return _score(run, name, weights, traces, posterior_score_store, example, rows, proposal=True)
-
-
-def _example(question: Question, prompt: np.ndarray, response: np.ndarray) -> Example:
-    return Example(
-        question_id=question.id,
-        ids=np.concatenate([prompt, response]),
-        response_start=len(prompt),
-        weight=1.0,
-    )
 
 
 def _score(

@@ -104,7 +104,7 @@ def rft_training_set(run: Run, name: str, *, traces: Phase, verdicts: Phase) -> 
             for trace, weight in zip(found, weights.tolist(), strict=True):
                 if weight > 0:
                     response = np.concatenate([trace.thought_ids, trace.answer_ids])
-                    yield _example(trace.question_id, trace.prompt_ids, response, weight)
+                    yield Example.of(trace.question_id, trace.prompt_ids, response, weight)
         opened.metrics["vr/accuracy_of_initial_policy"] = mass / len(run.train)
 
     return write_training_phase(run, name, config={}, inputs=[traces, verdicts], build=build)
@@ -130,7 +130,7 @@ def forward_kl_training_set(run: Run, name: str, *, traces: Phase, answers: Phas
             for trace, weight in zip(found, weights.weights.tolist(), strict=True):
                 if weight > 0:
                     prompt = run.posterior.prompt_ids(by_id[trace.question_id])
-                    yield _example(trace.question_id, prompt, trace.thought_ids, weight)
+                    yield Example.of(trace.question_id, prompt, trace.thought_ids, weight)
         opened.metrics.update({f"vr/{k}": v for k, v in summarise(weighed).items() if "bound" not in k})
 
     return write_training_phase(run, name, config=config, inputs=[traces, answers, verdicts], build=build)
@@ -219,12 +219,12 @@ def _examples(run: Run, arm: Arm, table: _Part, weights: TraceWeights) -> Iterat
                 continue
             if shares is None or weights.outcomes[place] == "gml":
                 response = np.concatenate([thought, run.policy.answer_ids(question.solution)])
-                chosen.append(_example(question.id, prompt, response, weight))
+                chosen.append(Example.of(question.id, prompt, response, weight))
                 continue
             for a in range(answer_offsets[n], answer_offsets[n + 1]):
                 if shares[a] > 0:
                     response = np.concatenate([thought, table.answer_ids[a]])
-                    chosen.append(_example(question.id, prompt, response, float(shares[a])))
+                    chosen.append(Example.of(question.id, prompt, response, float(shares[a])))
         original = weights.outcomes[place] == "original" or arm.mix
         if not original:
             yield from chosen
@@ -232,18 +232,7 @@ def _examples(run: Run, arm: Arm, table: _Part, weights: TraceWeights) -> Iterat
         share = 0.5 if chosen else 1.0
         yield dataset_example(run.policy, question, with_answer=True, weight=share)
         for e in chosen:
-            yield _example(
-                e.question_id, e.ids[: e.response_start], e.ids[e.response_start :], e.weight * (1 - share)
-            )
-
-
-def _example(question_id: str, prompt: np.ndarray, response: np.ndarray, weight: float) -> Example:
-    return Example(
-        question_id=question_id,
-        ids=np.concatenate([prompt, response]),
-        response_start=len(prompt),
-        weight=weight,
-    )
+            yield replace(e, weight=e.weight * (1 - share))
 
 
 def _answers(
