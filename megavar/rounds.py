@@ -119,15 +119,7 @@ def fit_posterior(run: Run, initial: Phase) -> Phase:
             params=run.sampling(rollout.max_thought_tokens),
             seed=rollout.seed,
         )
-        answers = sample_answers(
-            run,
-            "posterior/answers",
-            weights=initial,
-            traces=traces,
-            count=rollout.answers,
-            params=run.sampling(rollout.max_answer_tokens),
-        )
-        verdicts = verify_answers(run, "posterior/verdicts", answers=answers)
+        answers, verdicts = answer_and_verify(run, "posterior", initial, traces)
         data = forward_kl_training_set(
             run, "posterior/data", traces=traces, answers=answers, verdicts=verdicts
         )
@@ -159,15 +151,7 @@ def propose(run: Run, initial: Phase, posterior: Phase) -> Proposals:
     # 6. N answers per trace;  7. are they correct? Only the accuracy estimator asks.
     answers = verdicts = None
     if any(arm.objective == "variational" and arm.estimator == "accuracy" for arm in recipe.arms):
-        answers = sample_answers(
-            run,
-            "proposals/answers",
-            weights=initial,
-            traces=traces,
-            count=recipe.rollout.answers,
-            params=run.sampling(recipe.rollout.max_answer_tokens),
-        )
-        verdicts = verify_answers(run, "proposals/verdicts", answers=answers)
+        answers, verdicts = answer_and_verify(run, "proposals", initial, traces)
     return Proposals(
         traces=traces,
         policy_scores=policy_scores,
@@ -175,6 +159,20 @@ def propose(run: Run, initial: Phase, posterior: Phase) -> Proposals:
         answers=answers,
         verdicts=verdicts,
     )
+
+
+def answer_and_verify(run: Run, name: str, initial: Phase, traces: Phase) -> tuple[Phase, Phase]:
+    """N answers of the initial policy after each trace, and the verdicts on them: what c(z) is estimated from."""
+    rollout = run.recipe.rollout
+    answers = sample_answers(
+        run,
+        f"{name}/answers",
+        weights=initial,
+        traces=traces,
+        count=rollout.answers,
+        params=run.sampling(rollout.max_answer_tokens),
+    )
+    return answers, verify_answers(run, f"{name}/verdicts", answers=answers)
 
 
 def sample_own(run: Run, initial: Phase) -> tuple[Phase, Phase]:
