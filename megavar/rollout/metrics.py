@@ -42,7 +42,8 @@ class RolloutMeter:
 
     def observe_prompt(self, meta: Mapping[str, Any]) -> None:
         """`meta_info` of one SGLang answer."""
-        self._prompt_tokens += meta["prompt_tokens"]
+        # An answer that was aborted in the queue has no figures.
+        self._prompt_tokens += meta.get("prompt_tokens") or 0
         self._cached_tokens += meta.get("cached_tokens") or 0
 
     def metrics(self) -> dict[str, float | list[int]]:

@@ -38,7 +38,7 @@ class _Partial:
 
     def extend(self, answer: dict[str, Any]) -> None:
         meta, start = answer["meta_info"], len(self.ids)
-        for logprob, token, _ in meta["output_token_logprobs"]:
+        for logprob, token, _ in meta.get("output_token_logprobs") or ():
             self.ids.append(token)
             self.logprobs.append(logprob)
         if len(self.ids) - start != len(answer["output_ids"]):
