@@ -73,8 +73,6 @@ def tables(whole: dict[str, Any]) -> str:
     text = "Exact, on the enumerable questions of `tests/objectives`:\n\n"
     text += table(["question", *(f"L_{k}" for k in EXACT), "log P"], rows)
     seeds = list(whole["seeds"].values())
-    if not seeds:
-        return text + "\nTiny model: not yet run."
     sizes = seeds[0]["sizes"]
     rows = []
     for letters in (LETTERS, *LETTERS):
@@ -107,6 +105,7 @@ def violations(seeds: list[dict[str, Any]]) -> tuple[int, int, int]:
 
 def plot(whole: dict[str, Any], path: Path) -> None:
     seeds = list(whole["seeds"].values())
+    sizes = seeds[0]["sizes"]
     with figure(path, 2) as (left, right):
         for colour, (name, toy) in zip(COLOURS, whole["exact"].items(), strict=False):
             left.plot(
@@ -115,12 +114,9 @@ def plot(whole: dict[str, Any], path: Path) -> None:
         left.set(xlabel="K", ylabel="log P - L_K, nats", title="enumerable questions, exact", yscale="log")
         left.legend(fontsize=7)
         for colour, letter in zip(COLOURS, LETTERS, strict=False):
-            if seeds:
-                values = [gaps(seed, letter) for seed in seeds]
-                sizes = seeds[0]["sizes"]
-                line(right, sizes, [[v[i] for v in values] for i in range(len(sizes))],
-                     label=f"letter {letter}", colour=colour)  # fmt: skip
+            values = [gaps(seed, letter) for seed in seeds]
+            by_size = [[v[i] for v in values] for i in range(len(sizes))]
+            line(right, sizes, by_size, label=f"letter {letter}", colour=colour)
         right.set(title="tiny model")
-        if seeds:
-            sizes_axis(right, seeds[0]["sizes"], xlabel="K", ylabel="log P - L_K, nats")
-            right.legend(fontsize=7)
+        sizes_axis(right, sizes, xlabel="K", ylabel="log P - L_K, nats")
+        right.legend(fontsize=7)

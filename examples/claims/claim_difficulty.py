@@ -125,8 +125,6 @@ def _mean_of_known(values: Iterable[float]) -> str:
 
 def tables(whole: dict[str, Any]) -> str:
     seeds = whole["seeds"]
-    if not seeds:
-        return "Not yet run."
     first = next(iter(seeds.values()))
     names = list(first["arms"])
     text = arms_table(seeds, names, reference=names[0])
@@ -158,8 +156,6 @@ def tables(whole: dict[str, Any]) -> str:
 def plot(whole: dict[str, Any], path: Path) -> None:
     plot_arms(whole, path)
     seeds = list(whole["seeds"].values())
-    if not seeds:
-        return
     with figure(path.with_name(f"{path.stem}_weights.svg"), width=5.0, height=3.2) as (axis,):
         for colour, name in zip(COLOURS, seeds[0]["implied"], strict=False):
             rows = np.array([row for seed in seeds for row in seed["implied"][name]])

@@ -1,5 +1,6 @@
 """Claim 4: traces of q with and without the hint; two templates; q fitted on other questions; q fitted by plain SFT.
 
+To random weights all marks are alike, so the templates are compared on copies of pi_0, which knows one of the two.
 The tokens that fit a posterior count: without one, or with one that learns the teacher's traces, as many more traces
 are sampled for the policy.
 """
@@ -25,7 +26,7 @@ __all__ = ["measure", "plot", "tables"]
 def measure(replicate: Replicate) -> dict[str, Any]:
     run, initial = replicate.run, replicate.initial()
     more = replicate.with_traces(replicate.claim["traces_without_fit"])
-    template = replicate.claim["other_template"]
+    other = replicate.claim["other_template"]
 
     found: dict[str, tuple[Proposals, Run, int]] = {}
     found["hint"] = replicate.proposals(), run, posterior_tokens(run)
@@ -37,10 +38,14 @@ def measure(replicate: Replicate) -> dict[str, Any]:
         0,
     )
 
-    explained = replicate.with_posterior_prompt(template)
-    q = replicate.posterior(f"posterior-{template}", explained)
-    proposals = replicate.proposals(f"proposals-{template}", posterior=q, run=explained)
-    found["other template"] = proposals, explained, posterior_tokens(run, f"posterior-{template}")
+    for label, name in (
+        ("q from pi_0", run.recipe.templates.posterior),
+        ("q from pi_0, other template", other),
+    ):
+        prompted = replicate.with_posterior_prompt(name)
+        q = replicate.posterior(f"posterior-copy-{name}", prompted, start=initial)
+        proposals = replicate.proposals(f"proposals-copy-{name}", posterior=q, run=prompted)
+        found[label] = proposals, prompted, posterior_tokens(run, f"posterior-copy-{name}")
 
     elsewhere = replicate.with_questions(replicate.others[: len(run.train)])
     q = replicate.posterior("posterior-disjoint", elsewhere)
@@ -71,8 +76,6 @@ def _arms(replicate: Replicate, label: str) -> list[Arm]:
 
 def tables(whole: dict[str, Any]) -> str:
     seeds = whole["seeds"]
-    if not seeds:
-        return "Not yet run."
     first = next(iter(seeds.values()))
     text = arms_table(seeds, list(first["arms"]), reference="no hint")
     keys = ("right", "shortcut", "follows", "entropy", "distinct")

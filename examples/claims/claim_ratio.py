@@ -107,8 +107,6 @@ def tables(whole: dict[str, Any]) -> str:
     text = "Exact, on the enumerable questions of `tests/objectives`: bias / spread of the gradient, relative to "
     text += "the norm of grad log P:\n\n" + table(["question", "ratio", *(f"K={k}" for k in SIZES)], rows)
     seeds = list(whole["seeds"].values())
-    if not seeds:
-        return text + "\nTiny model: not yet run."
     sizes, rows = seeds[0]["sizes"], []
     for ratio in RATIOS:
         each = [seed["ratios"][ratio] for seed in seeds]
@@ -127,19 +125,17 @@ def tables(whole: dict[str, Any]) -> str:
 
 def plot(whole: dict[str, Any], path: Path) -> None:
     seeds = list(whole["seeds"].values())
+    sizes = seeds[0]["sizes"]
     with figure(path, 2) as (left, right):
         for colour, ratio in zip(COLOURS, RATIOS, strict=False):
             toy = whole["exact"]["medium"][ratio]
             left.plot(
                 [e["bias"] for e in toy], [e["spread"] for e in toy], "o-", ms=3, color=colour, label=ratio
             )
-            if seeds:
-                sizes = seeds[0]["sizes"]
-                each = [seed["ratios"][ratio] for seed in seeds]
-                line(right, sizes, [[e["bias"][i] for e in each] for i in range(len(sizes))],
-                     label=ratio, colour=colour)  # fmt: skip
+            each = [seed["ratios"][ratio] for seed in seeds]
+            by_size = [[e["bias"][i] for e in each] for i in range(len(sizes))]
+            line(right, sizes, by_size, label=ratio, colour=colour)
         left.set(xlabel="bias / |grad log P|", ylabel="spread", title='toy "medium", K = 1, 2, 4')
         left.legend(fontsize=7)
         right.set(title="tiny model")
-        if seeds:
-            sizes_axis(right, seeds[0]["sizes"], xlabel="K", ylabel="distance from P(z|x,Y)")
+        sizes_axis(right, sizes, xlabel="K", ylabel="distance from P(z|x,Y)")

@@ -92,8 +92,6 @@ def _online(replicate: Replicate, arm: Arm, rounds: int) -> dict[str, Any]:
 
 def plot(whole: dict[str, Any], path: Path) -> None:
     seeds = list(whole["seeds"].values())
-    if not seeds:
-        return
     names = list(seeds[0]["arms"])
     with figure(path) as (axis,):
         for colour, arm in zip(COLOURS, dict.fromkeys(n.partition(",")[0] for n in names), strict=False):

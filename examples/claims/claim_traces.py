@@ -84,8 +84,6 @@ def grouped_training_set(
 
 def tables(whole: dict[str, Any]) -> str:
     seeds = whole["seeds"]
-    if not seeds:
-        return "Not yet run."
     names = list(next(iter(seeds.values()))["arms"])
     text = arms_table(seeds, names, reference=names[0])
     rows = [
@@ -106,8 +104,6 @@ def tables(whole: dict[str, Any]) -> str:
 
 def plot(whole: dict[str, Any], path: Path) -> None:
     seeds = list(whole["seeds"].values())
-    if not seeds:
-        return
     names = list(seeds[0]["arms"])
     with figure(path, 2) as axes:
         for colour, ratio in zip(COLOURS, sorted({n.partition("-")[0] for n in names[1:]}), strict=False):

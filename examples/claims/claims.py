@@ -153,6 +153,9 @@ def report(settings: Settings, out: Path, docs: Path) -> None:
     folder = docs / "claims"
     (folder / "results").mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "results" / f"{settings.name}.json", json.dumps(whole, indent=1) + "\n")
+    if not whole["seeds"]:
+        write_block(docs / "claims.md", settings.name, "Every seed was passed over.")
+        return
     module.plot(whole, folder / f"{settings.name}.svg")
     write_block(docs / "claims.md", settings.name, module.tables(whole))
 

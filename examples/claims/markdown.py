@@ -25,7 +25,7 @@ def arms_table(seeds: Mapping[str, Any], names: Sequence[str], *, reference: str
         ]
         difference = "" if name == reference else paired(values, against).signed
         rows.append([name, over_seeds(values), *(f"{v.mean:.2f}" for v in letters), difference])
-    first = seeds[next(iter(seeds))]
+    seed, first = next(iter(seeds.items()))
     initial = [seed["initial"]["accuracy"] for seed in seeds.values()]
     by = [over_seeds([seed["initial"]["by"][letter] for seed in seeds.values()]).mean for letter in LETTERS]
     rows.insert(0, ["(initial policy)", over_seeds(initial), *(f"{v:.2f}" for v in by), ""])
@@ -36,7 +36,7 @@ def arms_table(seeds: Mapping[str, Any], names: Sequence[str], *, reference: str
     return (
         text
         + f"\n{len(seeds)} seeds, {', '.join(map(str, sorted(steps)))} steps per arm, {spent} sampled tokens "
-        "per arm (seed 0).\n"
+        f"per arm (seed {seed}).\n"
     )
 
 

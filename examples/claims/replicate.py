@@ -127,14 +127,19 @@ class Replicate:
         )
         return fit_phase(self.run, f"{name}/fit", start=None, data=data, fit=self.recipe.posterior.fit)
 
-    def posterior(self, name: str = "posterior", run: Run | None = None) -> Phase:
-        """q by forward KL to the true posterior (Eq. 9), on M of pi_0's traces per question."""
+    def posterior(
+        self, name: str = "posterior", run: Run | None = None, *, start: Phase | None = None
+    ) -> Phase:
+        """q by forward KL to the true posterior (Eq. 9), on M of pi_0's traces per question.
+
+        start: what it goes on from; random weights by default.
+        """
         run = run or self.run
         initial = self.initial()
         traces = sample(run, policy_traces(run, f"{name}/traces", initial))
         answers, verdicts = answer_and_verify(run, name, initial, traces)
         data = forward_kl_training_set(run, f"{name}/data", traces=traces, answers=answers, verdicts=verdicts)
-        return fit_phase(run, f"{name}/fit", start=None, data=data, fit=self.recipe.posterior.fit)
+        return fit_phase(run, f"{name}/fit", start=start, data=data, fit=self.recipe.posterior.fit)
 
     def proposals(
         self,

@@ -1,4 +1,8 @@
-"""The enumerable questions of the objectives' tests, from easy to hopeless, for the exact parts of two claims."""
+"""The enumerable questions of the objectives' tests, from easy to hopeless, for the exact parts of two claims.
+
+Imported from there, so that what is shown of the bound and the ratios is shown on the very space on which the tests
+hold the package to exact sums.
+"""
 
 from __future__ import annotations
 
