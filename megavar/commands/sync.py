@@ -18,7 +18,7 @@ from megavar.models.architecture import Architecture, read_architecture
 from megavar.models.parallel_layout import ParallelLayout
 from megavar.report.show import PLAIN_WIDTH
 from megavar.sync.engine_layout import EngineLayout
-from megavar.sync.floors import WIRES, Traffic, traffic
+from megavar.sync.floors import INTERCONNECTS, Traffic, traffic
 from megavar.sync.plan import Plan, plan
 
 TRAINER_SIZES = ("ranks", "tp", "pp", "vpp", "cp", "ep", "etp")
@@ -88,13 +88,13 @@ def as_json(made: Plan, figures: Traffic, seconds: float) -> dict[str, Any]:
             for (sender, engine, rank), size in figures.links.items()
         ],
         "seconds": {
-            wire.name: {
-                "receiver_floor": figures.receiver_floor(wire),
-                "sender_floor": figures.sender_floor(wire),
-                "expected": figures.expected(wire),
-                "broadcast_floor": figures.broadcast_floor(wire),
+            through.name: {
+                "receiver_floor": figures.receiver_floor(through),
+                "sender_floor": figures.sender_floor(through),
+                "expected": figures.expected(through),
+                "broadcast_floor": figures.broadcast_floor(through),
             }
-            for wire in WIRES
+            for through in INTERCONNECTS
         },
     }
 
@@ -124,10 +124,12 @@ def _print(
         mean = sum(sizes) / len(sizes)
         ends.add_row(name, str(number), _size(min(sizes)), _size(mean), _size(max(sizes)))
     times = Table("seconds", "receivers' floor", "senders' floor", "expected", "broadcast's floor")
-    for wire in WIRES:
-        floors = (figures.receiver_floor(wire), figures.sender_floor(wire))
-        columns = (*floors, figures.expected(wire), figures.broadcast_floor(wire))
-        times.add_row(f"{wire.name} ({wire.bytes_per_s / 1e9:.0f} GB/s)", *(f"{s:.4f}" for s in columns))
+    for through in INTERCONNECTS:
+        floors = (figures.receiver_floor(through), figures.sender_floor(through))
+        columns = (*floors, figures.expected(through), figures.broadcast_floor(through))
+        times.add_row(
+            f"{through.name} ({through.bytes_per_s / 1e9:.0f} GB/s)", *(f"{s:.4f}" for s in columns)
+        )
     for table in (ends, times):
         table.box = None
         table.pad_edge = False

@@ -16,19 +16,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megavar.errors import UserError
-from megavar.models.architecture import Architecture
 from megavar.models.families import layout_table
 from megavar.models.gather import find_holders, gather
 from megavar.models.parallel_layout import ParallelLayout
 from megavar.models.shards import local_shards
-from megavar.rollout.control import EngineError, PauseMode
-from megavar.rollout.servers import Servers
+from megavar.rollout.control import EngineError
 from megavar.sync.collective import on_main
 from megavar.sync.engines import at_once, planned_layout
 from megavar.sync.group import EngineGroup, Members, Membership
 from megavar.sync.plan import plan
 from megavar.sync.session import Session, parameters
-from megavar.sync.transport import SyncReport
+from megavar.sync.transport import SyncOptions, SyncReport
 from megavar.sync.verify import verify_engines
 from megavar.sync.wire import Wire
 
@@ -36,19 +34,9 @@ from megavar.sync.wire import Wire
 class BroadcastSync:
     """See `megavar.sync.transport.open_sync`."""
 
-    def __init__(
-        self,
-        architecture: Architecture,
-        servers: Servers | None,
-        *,
-        bucket_bytes: int,
-        timeout_s: float,
-        pause_mode: PauseMode,
-        host: str,
-    ) -> None:
-        self._architecture, self._servers = architecture, servers
-        self._bucket_bytes, self._timeout_s, self._mode = bucket_bytes, timeout_s, pause_mode
-        self._membership = Membership(host=host, timeout_s=timeout_s)
+    def __init__(self, options: SyncOptions) -> None:
+        self._options = options
+        self._membership = Membership(host=options.host, timeout_s=options.timeout_s)
 
     def push(
         self,
@@ -59,9 +47,9 @@ class BroadcastSync:
         verify: bool = True,
     ) -> SyncReport:
         """See `WeightSync.push`. A server that fails breaks the broadcast for all: then none arrives."""
-        table = layout_table(self._architecture)
-        with Session(self._servers, version, self._mode, self._timeout_s) as session:
-            engine = planned_layout(self._architecture, session.states)
+        table = layout_table(self._options.architecture)
+        with Session(self._options, version) as session:
+            engine = planned_layout(self._options.architecture, session.states)
             if engine.dtype == "fp8":
                 raise UserError(
                     f"{next(iter(session.states))} serves fp8 and broadcast sends whole tensors unquantised; use "
@@ -77,16 +65,18 @@ class BroadcastSync:
             sent = 0
             if dist.get_rank() == 0:
                 dtype = getattr(torch, engine.dtype)
-                sent = self._broadcast(session, group, _buckets(whole, dtype, self._bucket_bytes), version)
+                sent = self._broadcast(
+                    session, group, _buckets(whole, dtype, self._options.bucket_bytes), version
+                )
             for _ in whole:  # what is left after a failure, and all of it on other ranks
                 pass
             transferred = time.perf_counter() - began
             arrived = session.conclude(self._membership)
             sent = on_main(lambda: sent)
             if verify:
-                moves = plan(self._architecture, layout, engine, len(session.states))
+                moves = plan(self._options.architecture, layout, engine, len(session.states))
                 shards, _ = parameters(model_chunks, table)
-                verify_engines(session, shards, Wire(moves, self._bucket_bytes))
+                verify_engines(session, shards, Wire(moves, self._options.bucket_bytes))
             receivers = [f"{url} rank {rank}" for url in arrived for rank in range(engine.tp)]
             return SyncReport(
                 transport="broadcast",
@@ -140,7 +130,7 @@ class BroadcastSync:
         trouble = ""
         try:
             work = group.group.broadcast(flat, 0)
-            work.wait(timedelta(seconds=self._timeout_s))
+            work.wait(timedelta(seconds=self._options.timeout_s))
         except RuntimeError as error:  # torch.distributed raises nothing more telling
             trouble = f"; rank 0 could not send it: {str(error).splitlines()[0]}"
         failed = {url: a for url, a in answers.result().items() if isinstance(a, EngineError)}

@@ -17,10 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megavar.errors import UserError
-from megavar.models.architecture import Architecture
 from megavar.models.parallel_layout import ParallelLayout
-from megavar.rollout.control import EngineError, PauseMode
-from megavar.rollout.servers import Servers
+from megavar.rollout.control import EngineError
 from megavar.sync.collective import gathered, gathered_on_main, on_main
 from megavar.sync.engine_plugin.megavar_sync_engine.boxes import encode
 from megavar.sync.engine_plugin.megavar_sync_engine.mapped import SLOTS, machine
@@ -30,7 +28,7 @@ from megavar.sync.memory import SharedBuffer, cuda_handle
 from megavar.sync.plan import Receiver, plan
 from megavar.sync.sender import Outgoing, Source, outgoing
 from megavar.sync.session import Session, parameters
-from megavar.sync.transport import SyncReport
+from megavar.sync.transport import SyncOptions, SyncReport
 from megavar.sync.verify import verify_engines
 from megavar.sync.wire import Wire
 
@@ -43,17 +41,8 @@ Offer = dict[str, Any]
 class ColocatedSync:
     """See `megavar.sync.transport.open_sync`. The shared buffer lives on between pushes."""
 
-    def __init__(
-        self,
-        architecture: Architecture,
-        servers: Servers | None,
-        *,
-        bucket_bytes: int,
-        timeout_s: float,
-        pause_mode: PauseMode,
-    ) -> None:
-        self._architecture, self._servers = architecture, servers
-        self._bucket_bytes, self._timeout_s, self._mode = bucket_bytes, timeout_s, pause_mode
+    def __init__(self, options: SyncOptions) -> None:
+        self._options = options
         self._buffer: SharedBuffer | None = None
         self._links: dict[str, list[Outgoing]] = {}
 
@@ -66,11 +55,11 @@ class ColocatedSync:
         verify: bool = True,
     ) -> SyncReport:
         """See `WeightSync.push`. Raises UserError where a server runs on another machine than a trainer rank."""
-        with Session(self._servers, version, self._mode, self._timeout_s) as session:
-            engine = planned_layout(self._architecture, session.states)
-            moves = plan(self._architecture, layout, engine, len(session.states))
+        with Session(self._options, version) as session:
+            engine = planned_layout(self._options.architecture, session.states)
+            moves = plan(self._options.architecture, layout, engine, len(session.states))
             mine, device = parameters(model_chunks, moves.table)
-            wire = Wire(moves, self._bucket_bytes)
+            wire = Wire(moves, self._options.bucket_bytes)
             self._instruct(session, wire)
             links = self._links[wire.fingerprint]
             memory: _Staged | _Exported

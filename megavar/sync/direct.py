@@ -10,10 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megavar.models.architecture import Architecture
 from megavar.models.parallel_layout import ParallelLayout
-from megavar.rollout.control import EngineError, PauseMode
-from megavar.rollout.servers import Servers
+from megavar.rollout.control import EngineError
 from megavar.sync.collective import gathered, on_main
 from megavar.sync.engines import RankFailure, at_once, planned_layout
 from megavar.sync.group import EngineGroup, Members, Membership
@@ -21,7 +19,7 @@ from megavar.sync.instruct import instruct
 from megavar.sync.plan import plan
 from megavar.sync.sender import Outgoing, SentTo, outgoing, send
 from megavar.sync.session import Session, parameters
-from megavar.sync.transport import SyncError, SyncReport
+from megavar.sync.transport import SyncError, SyncOptions, SyncReport
 from megavar.sync.verify import verify_engines
 from megavar.sync.wire import Wire
 
@@ -33,19 +31,9 @@ class DirectSync:
     servers changes, and after a failure.
     """
 
-    def __init__(
-        self,
-        architecture: Architecture,
-        servers: Servers | None,
-        *,
-        bucket_bytes: int,
-        timeout_s: float,
-        pause_mode: PauseMode,
-        host: str,
-    ) -> None:
-        self._architecture, self._servers = architecture, servers
-        self._bucket_bytes, self._timeout_s, self._mode = bucket_bytes, timeout_s, pause_mode
-        self._membership = Membership(host=host, timeout_s=timeout_s)
+    def __init__(self, options: SyncOptions) -> None:
+        self._options = options
+        self._membership = Membership(host=options.host, timeout_s=options.timeout_s)
         self._links: dict[str, list[Outgoing]] = {}
 
     def push(
@@ -57,7 +45,7 @@ class DirectSync:
         verify: bool = True,
     ) -> SyncReport:
         """See `WeightSync.push`."""
-        with Session(self._servers, version, self._mode, self._timeout_s) as session:
+        with Session(self._options, version) as session:
             wire, group, mine = self._prepared(session, model_chunks, layout)
             session.begin()
             began = time.perf_counter()
@@ -86,7 +74,7 @@ class DirectSync:
 
         Raises SyncError as `push` does.
         """
-        with Session(self._servers, version, self._mode, self._timeout_s) as session:
+        with Session(self._options, version) as session:
             wire, group, mine = self._prepared(session, model_chunks, layout, runs=False)
             began = time.perf_counter()
             self._transfer(session, wire, group, mine, None)
@@ -104,12 +92,12 @@ class DirectSync:
         runs: bool = True,
     ) -> tuple[Wire, EngineGroup, dict[str, torch.Tensor]]:
         """Plan, process group and instructions for the servers that take part; this rank's parameters."""
-        engine = planned_layout(self._architecture, session.states)
-        moves = plan(self._architecture, layout, engine, len(session.states))
+        engine = planned_layout(self._options.architecture, session.states)
+        moves = plan(self._options.architecture, layout, engine, len(session.states))
         mine, device = parameters(model_chunks, moves.table)
         members = Members(layout.ranks, tuple((url, engine.tp) for url in session.states))
         group = self._membership.of(members, session.calls, device)
-        wire = Wire(moves, self._bucket_bytes, runs=runs)
+        wire = Wire(moves, self._options.bucket_bytes, runs=runs)
         if wire.fingerprint not in group.instructed:
             instruct(session, wire)
             self._links[wire.fingerprint] = outgoing(wire, dist.get_rank())
@@ -135,12 +123,12 @@ class DirectSync:
         asked: dict[str, Any] = {
             "plan": wire.fingerprint,
             "group": group.name,
-            "timeout_s": self._timeout_s,
+            "timeout_s": self._options.timeout_s,
+            "write": version is not None,
         }
-        asked["write"] = version is not None
         with ThreadPoolExecutor(1) as pool:
             answers = pool.submit(at_once, session.calls, lambda call: call.ours("receive", asked, version))
-            sent = send(links, mine, group.group, places, self._timeout_s, packed=version is not None)
+            sent = send(links, mine, group.group, places, self._options.timeout_s, packed=version is not None)
             everyone: list[SentTo] = sum(gathered(sent), [])
             outcomes = answers.result()
         received: dict[str, int] = {}

@@ -22,10 +22,9 @@ from megavar.files import write_atomically
 from megavar.models.architecture import Architecture
 from megavar.models.hf_export import export_hf
 from megavar.models.parallel_layout import ParallelLayout
-from megavar.rollout.control import EngineError, PauseMode
-from megavar.rollout.servers import Servers
+from megavar.rollout.control import EngineError
 from megavar.sync.collective import on_main
-from megavar.sync.transport import SyncError, SyncReport
+from megavar.sync.transport import SyncError, SyncOptions, SyncReport
 from megavar.sync.verify import verify_servers
 
 MANIFEST = "weights.json"
@@ -35,21 +34,8 @@ MANIFEST = "weights.json"
 class DiskSync:
     """See `megavar.sync.transport.open_sync`."""
 
-    def __init__(
-        self,
-        architecture: Architecture,
-        servers: Servers | None,
-        hf_directory: Path,
-        directory: Path,
-        *,
-        bucket_bytes: int,
-        timeout_s: float,
-        pause_mode: PauseMode,
-    ) -> None:
-        self._architecture, self._servers = architecture, servers
-        self._source, self._directory = hf_directory, directory
-        self._bucket_bytes, self._timeout_s = bucket_bytes, timeout_s
-        self._mode = pause_mode
+    def __init__(self, options: SyncOptions, hf_directory: Path, directory: Path) -> None:
+        self._options, self._source, self._directory = options, hf_directory, directory
 
     def push(
         self,
@@ -64,17 +50,17 @@ class DiskSync:
             raise UserError(f"version {version!r} cannot name a directory; use letters, digits, '-' and '_'")
         target = self._directory / version
         began = time.perf_counter()
-        write_version(model_chunks, self._architecture, self._source, target, version)
+        write_version(model_chunks, self._options.architecture, self._source, target, version)
         size, urls = on_main(lambda: self._load(target, version))
         transferred = time.perf_counter() - began
         if verify and (
             found := verify_servers(
-                self._architecture,
-                self._servers,
+                self._options.architecture,
+                self._options.servers,
                 model_chunks,
                 layout,
-                bucket_bytes=self._bucket_bytes,
-                timeout_s=self._timeout_s,
+                bucket_bytes=self._options.bucket_bytes,
+                timeout_s=self._options.timeout_s,
             )
         ):
             raise SyncError(f"weights {version!r} differ after an update that reported success: {found}")
@@ -90,13 +76,14 @@ class DiskSync:
         )
 
     def _load(self, target: Path, version: str) -> tuple[int, list[str]]:
-        assert self._servers is not None
+        servers = self._options.servers
+        assert servers is not None, "rank 0 needs the servers"
         try:
-            self._servers.update_weights(target, version, self._mode)
+            servers.update_weights(target, version, self._options.pause_mode)
         except EngineError as error:
             raise SyncError(f"weights {version!r} of {target}: {error}") from error
         size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
-        return size, self._servers.endpoints()
+        return size, servers.endpoints()
 
     def close(self) -> None:
         """See `WeightSync.close`. The last version stays on disk."""

@@ -13,7 +13,7 @@ from megavar.sync.plan import Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wire:
+class Interconnect:
     """The port of one GPU."""
 
     name: str
@@ -21,11 +21,11 @@ class Wire:
     """In each direction."""
 
 
-NVLINK = Wire(name="NVLink", bytes_per_s=450e9)
+NVLINK = Interconnect(name="NVLink", bytes_per_s=450e9)
 """H100: 900 GB/s, both directions together (NVIDIA's H100 data sheet)."""
-INFINIBAND = Wire(name="400G InfiniBand", bytes_per_s=48e9)
+INFINIBAND = Interconnect(name="400G InfiniBand", bytes_per_s=48e9)
 """One NIC per GPU: 400 Gbit/s are 50 GB/s, of which large messages carry about 48."""
-WIRES = (NVLINK, INFINIBAND)
+INTERCONNECTS = (NVLINK, INFINIBAND)
 HBM_BYTES_PER_S = 3.35e12
 """H100 SXM, reads and writes together (NVIDIA's H100 data sheet)."""
 
@@ -43,25 +43,25 @@ class Traffic:
     model: int
     """One copy of every weight: what a gather puts in one place and a broadcast sends to everyone."""
 
-    def receiver_floor(self, wire: Wire) -> float:
+    def receiver_floor(self, through: Interconnect) -> float:
         """Seconds: no plan can be faster, each GPU of an engine needs its shard."""
-        return max(self.receivers) / wire.bytes_per_s
+        return max(self.receivers) / through.bytes_per_s
 
-    def sender_floor(self, wire: Wire) -> float:
+    def sender_floor(self, through: Interconnect) -> float:
         """Seconds: all that the engines need, from all ranks of the trainer alike."""
-        return sum(self.senders) / len(self.senders) / wire.bytes_per_s
+        return sum(self.senders) / len(self.senders) / through.bytes_per_s
 
-    def expected(self, wire: Wire) -> float:
+    def expected(self, through: Interconnect) -> float:
         """Seconds of this plan: its busiest end, and packing there and unpacking at the other, one after another.
 
         Packing reads and writes every byte once, and so does unpacking.
         """
         copies = 2 * (max(self.senders) + max(self.receivers)) / HBM_BYTES_PER_S
-        return max(*self.senders, *self.receivers) / wire.bytes_per_s + copies
+        return max(*self.senders, *self.receivers) / through.bytes_per_s + copies
 
-    def broadcast_floor(self, wire: Wire) -> float:
+    def broadcast_floor(self, through: Interconnect) -> float:
         """Seconds of a gather and a broadcast, for comparison: the whole model through one port."""
-        return self.model / wire.bytes_per_s
+        return self.model / through.bytes_per_s
 
 
 def traffic(plan: Plan) -> Traffic:

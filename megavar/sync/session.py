@@ -1,4 +1,4 @@
-"""What all transports over a process group share: the servers of one push, their outcomes, and the report."""
+"""What the transports that write into running servers share: the servers of one push, and what became of each."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 
 from megavar.models.layout import LayoutTable
 from megavar.models.shards import local_shards
-from megavar.rollout.control import EngineError, PauseMode
-from megavar.rollout.servers import Push, Servers
+from megavar.rollout.control import EngineError
+from megavar.rollout.servers import Push
 from megavar.sync.collective import on_main
 from megavar.sync.engines import EngineCalls, EngineState, RankFailure, at_once, is_complete
 from megavar.sync.group import Membership
-from megavar.sync.transport import SyncError
+from megavar.sync.transport import SyncError, SyncOptions
 
 
 class Session:
@@ -26,8 +26,8 @@ class Session:
     On rank 0 `calls` reaches the servers that still take part; elsewhere it is empty.
     """
 
-    def __init__(self, servers: Servers | None, version: str, mode: PauseMode, timeout_s: float) -> None:
-        self._servers, self._version, self._mode, self._timeout_s = servers, version, mode, timeout_s
+    def __init__(self, options: SyncOptions, version: str) -> None:
+        self._options, self._version = options, version
         self._stack = ExitStack()
         self._push: Push | None = None
         self.calls: list[EngineCalls] = []
@@ -55,10 +55,11 @@ class Session:
         self._stack.__exit__(kind, error, trace)
 
     def _open(self) -> None:
-        assert self._servers is not None, "rank 0 needs the servers"
-        self._push = self._stack.enter_context(self._servers.pushing(self._version, self._mode))
+        servers, patience = self._options.servers, self._options.timeout_s
+        assert servers is not None, "rank 0 needs the servers"
+        self._push = self._stack.enter_context(servers.pushing(self._version, self._options.pause_mode))
         # twice: the engines give up first and say why
-        self.calls = [EngineCalls(c.url, 2 * self._timeout_s) for c in self._push.controls]
+        self.calls = [EngineCalls(c.url, 2 * patience) for c in self._push.controls]
         for call in self.calls:
             self._stack.callback(call.close)
 

@@ -42,6 +42,23 @@ class SyncReport:
     verified: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncOptions:
+    """What every transport is opened with, by `open_sync`."""
+
+    architecture: Architecture
+    servers: Servers | None
+    """On rank 0, which alone talks to them; None on the others."""
+    bucket_bytes: int
+    """Bound of every buffer."""
+    timeout_s: float
+    """A peer that makes no progress for this long has failed."""
+    pause_mode: PauseMode
+    """What becomes of requests in flight while weights are swapped."""
+    host: str
+    """Of rank 0, as the engines reach it."""
+
+
 class WeightSync(Protocol):
     """Open for as long as trainer and engines live; every method is collective over the trainer's ranks."""
 
@@ -83,57 +100,36 @@ def open_sync(
 ) -> WeightSync:
     """A transport between this job's ranks and `servers`; collective. Nothing moves before the first push.
 
-    servers: on rank 0, which alone talks to them; None on the others. hf_directory: a model of the same
-    architecture, whose config and tokenizer belong to the weights. directory: where `disk` keeps the version
-    that is served (required there). bucket_bytes: bound of every buffer. timeout_s: a peer that makes no
-    progress for this long has failed. host: of rank 0, as the engines reach it.
+    hf_directory: a model of the same architecture, whose config and tokenizer belong to the weights. directory: where
+    `disk` keeps the version that is served (required there). The others are those of `SyncOptions`.
 
     Raises UserError for an unknown transport or a missing directory.
     """
-    if transport == "disk":
-        if directory is None:
-            raise UserError("transport disk needs a directory that trainer and engines see")
-        from megavar.sync.disk import DiskSync
+    options = SyncOptions(
+        architecture=architecture,
+        servers=servers,
+        bucket_bytes=bucket_bytes,
+        timeout_s=timeout_s,
+        pause_mode=pause_mode,
+        host=host,
+    )
+    match transport:
+        case "disk":
+            if directory is None:
+                raise UserError("transport disk needs a directory that trainer and engines see")
+            from megavar.sync.disk import DiskSync
 
-        return DiskSync(
-            architecture,
-            servers,
-            hf_directory,
-            directory,
-            bucket_bytes=bucket_bytes,
-            timeout_s=timeout_s,
-            pause_mode=pause_mode,
-        )
-    if transport == "broadcast":
-        from megavar.sync.broadcast import BroadcastSync
+            return DiskSync(options, hf_directory, directory)
+        case "broadcast":
+            from megavar.sync.broadcast import BroadcastSync
 
-        return BroadcastSync(
-            architecture,
-            servers,
-            bucket_bytes=bucket_bytes,
-            timeout_s=timeout_s,
-            pause_mode=pause_mode,
-            host=host,
-        )
-    if transport == "direct":
-        from megavar.sync.direct import DirectSync
+            return BroadcastSync(options)
+        case "direct":
+            from megavar.sync.direct import DirectSync
 
-        return DirectSync(
-            architecture,
-            servers,
-            bucket_bytes=bucket_bytes,
-            timeout_s=timeout_s,
-            pause_mode=pause_mode,
-            host=host,
-        )
-    if transport == "colocated":
-        from megavar.sync.colocated import ColocatedSync
+            return DirectSync(options)
+        case "colocated":
+            from megavar.sync.colocated import ColocatedSync
 
-        return ColocatedSync(
-            architecture,
-            servers,
-            bucket_bytes=bucket_bytes,
-            timeout_s=timeout_s,
-            pause_mode=pause_mode,
-        )
+            return ColocatedSync(options)
     raise UserError(f"transport {transport!r} is unknown; expected one of {', '.join(TRANSPORTS)}")
