@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -196,15 +197,28 @@ class PartStore:
     def read_keyed(
         self, columns: Sequence[str], *, parts: Iterable[int] | None = None
     ) -> dict[tuple, dict[str, Any]]:
-        """Key -> the named columns of its row, of the given parts or of all. Raises ValueError if two parts
-        hold the same key."""
+        """Key -> the named columns of its row, of the given parts or of all; see `values`. Raises ValueError if two
+        parts hold the same key."""
         rows: dict[tuple, dict[str, Any]] = {}
         for batch in self.iter_batches([*dict.fromkeys([*self.key, *columns])], parts=parts):
-            for row in batch.to_pylist():
-                key = tuple(row[name] for name in self.key)
+            found = {name: values(batch.column(name)) for name in batch.schema.names}
+            for key, *row in zip(
+                zip(*(found[name] for name in self.key), strict=True),
+                *(found[name] for name in columns),
+                strict=True,
+            ):
                 if key in rows:
                     raise ValueError(
                         f"{self.directory}: key {dict(zip(self.key, key, strict=True))} appears twice"
                     )
-                rows[key] = {name: row[name] for name in columns}
+                rows[key] = dict(zip(columns, row, strict=True))
         return rows
+
+
+def values(column: pa.Array) -> list[Any]:
+    """The rows of a column as Python values, but lists of numbers as arrays of their own."""
+    if not pa.types.is_list(column.type) or not pa.types.is_primitive(column.type.value_type):
+        return column.to_pylist()
+    starts, numbers = column.offsets.to_numpy(), column.values.to_numpy()
+    # Copies: views would be read-only and keep the whole batch alive.
+    return [numbers[start:end].copy() for start, end in pairwise(starts)]

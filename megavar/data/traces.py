@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from megavar.data.records import Trace, VersionSpan
 from megavar.data.routes import RouteFile, RouteWriter
-from megavar.data.store import PartStore
+from megavar.data.store import PartStore, values
 
 
 def _column(name: str, kind: pa.DataType) -> pa.Field:
@@ -98,15 +98,8 @@ def _list_column(field: pa.Field, value: np.ndarray) -> pa.Array:
 
 def _traces(batch: pa.RecordBatch, routes: RouteFile | None, first: int) -> Iterator[Trace]:
     """first: row of the batch's first trace in its part."""
-    scalars = {name: batch.column(name).to_pylist() for name in TRACE_SCHEMA.names if name not in _ARRAYS}
-    flat = {
-        name: (batch.column(name).offsets.to_numpy(), batch.column(name).values.to_numpy())
-        for name in _ARRAYS
-    }
+    columns = {name: values(batch.column(name)) for name in TRACE_SCHEMA.names}
     for row in range(batch.num_rows):
-        values = {name: column[row] for name, column in scalars.items()}
-        values["weight_spans"] = tuple(VersionSpan(**span) for span in values["weight_spans"])
-        for name, (offsets, numbers) in flat.items():
-            # A copy: a view would be read-only and keep the whole batch alive.
-            values[name] = numbers[offsets[row] : offsets[row + 1]].copy()
-        yield Trace(**values, experts=None if routes is None else routes[first + row])
+        fields = {name: column[row] for name, column in columns.items()}
+        fields["weight_spans"] = tuple(VersionSpan(**span) for span in fields["weight_spans"])
+        yield Trace(**fields, experts=None if routes is None else routes[first + row])

@@ -25,6 +25,7 @@ from megavar.phases.run import OpenPhase, Run
 from megavar.phases.sampling import trace_store
 from megavar.phases.scoring import policy_score_store
 from megavar.phases.tables import (
+    NO_LOGPROBS,
     OwnSamples,
     mean_length,
     ragged,
@@ -109,27 +110,27 @@ class _OwnTable:
         traces = list(trace_store(own.traces).iter_traces(parts=[part]))
         keys = [(t.question_id, t.index) for t in traces]
         reference = reference_offsets = now = log_ratio = None
-        then, token_offsets = ragged([[] for _ in traces])
+        then, token_offsets = ragged([NO_LOGPROBS for _ in traces])
         if own.policy_scores is not None:
             rows = policy_score_store(own.policy_scores).read_keyed(["thought", "answer"], parts=[part])
-            found = [rows.get(k, {"thought": [], "answer": []}) for k in keys]
+            found = [rows.get(k, {"thought": NO_LOGPROBS, "answer": NO_LOGPROBS}) for k in keys]
             reference, reference_offsets = ragged([row["answer"] for row in found])
             now, token_offsets = ragged([row["thought"] for row in found])
             then, _ = ragged(
-                [t.thought_logprobs.tolist() if k in rows else [] for t, k in zip(traces, keys, strict=True)]
+                [t.thought_logprobs if k in rows else NO_LOGPROBS for t, k in zip(traces, keys, strict=True)]
             )
             if own.initial_scores is not None:
                 rows = policy_score_store(own.initial_scores).read_keyed(["thought"], parts=[part])
-                first, _ = ragged([rows.get(k, {"thought": []})["thought"] for k in keys])
+                first, _ = ragged([rows.get(k, {"thought": NO_LOGPROBS})["thought"] for k in keys])
                 log_ratio = segment_sum(now - first, token_offsets)
         if (
             own.sample_scores is not None
         ):  # of open thoughts too, and of own answers where they are trained on
             rows = policy_score_store(own.sample_scores).read_keyed(["thought", "answer"], parts=[part])
             sides = ["thought"] if thoughts_alone else ["thought", "answer"]
-            now, token_offsets = ragged([[x for side in sides for x in rows[k][side]] for k in keys])
+            now, token_offsets = ragged([np.concatenate([rows[k][side] for side in sides]) for k in keys])
             drawn = [(t.thought_logprobs, t.answer_logprobs)[: len(sides)] for t in traces]
-            then, _ = ragged([np.concatenate(logprobs).tolist() for logprobs in drawn])
+            then, _ = ragged([np.concatenate(logprobs) for logprobs in drawn])
         samples = Samples(
             question_offsets=trace_offsets(traces, questions),
             correct=read_correct(traces, own.verdicts, part),

@@ -123,7 +123,7 @@ def covrl_training_set(run: Run, name: str, arm: Arm, prompted: Proposals, own: 
 def _weigh(table: ProposalTable, arm: Arm) -> tuple[CompositeWeights, torch.Tensor, torch.Tensor]:
     """Weights of the closed thoughts, the engine's log-probs of their tokens, and where each starts."""
     closed = table.closed
-    sampled, starts = ragged([t.thought_logprobs.tolist() for t in table.traces if t.closed])
+    sampled, starts = ragged([t.thought_logprobs for t in table.traces if t.closed])
     weights = covrl_weights(
         table.log_c("likelihood")[closed],
         table.policy,

@@ -186,8 +186,7 @@ def _compare(opened: OpenPhase, store: PartStore, source: TraceStore, parts: Seq
         scored = store.read_keyed(["thought"], parts=[part])
         for trace in source.iter_traces(parts=[part]):
             if trace.closed:
-                ours = np.asarray(scored[(trace.question_id, trace.index)]["thought"], np.float32)
-                gaps = np.abs(ours - trace.thought_logprobs)
+                gaps = np.abs(scored[trace.question_id, trace.index]["thought"] - trace.thought_logprobs)
                 sums["gap"] += float(gaps.sum())
                 sums["tokens"] += gaps.size
                 worst = max(worst, float(gaps.max(initial=0)))

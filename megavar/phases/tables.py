@@ -26,6 +26,9 @@ from megavar.phases.scoring import policy_score_store, posterior_score_store, ve
 from megavar.runs import Phase
 from megavar.verifiers import is_correct
 
+NO_LOGPROBS = np.empty(0, np.float32)
+"""Of a trace that was not scored."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proposals:
@@ -226,17 +229,17 @@ class ProposalTable:
 
 @dataclass(slots=True, kw_only=True)
 class _Row:
-    """One trace's log-probs; empty where it is open, since open traces are not scored."""
+    """One trace's log-probs, float32 [n]; empty where it is open, since open traces are not scored."""
 
-    policy: Sequence[float]
-    posterior: Sequence[float]
-    reference: Sequence[float]
+    policy: np.ndarray
+    posterior: np.ndarray
+    reference: np.ndarray
 
 
 def _scored(traces: list[Trace], policy_scores: Phase, posterior_scores: Phase, part: int) -> list[_Row]:
     policy = policy_score_store(policy_scores).read_keyed(["thought", "answer"], parts=[part])
     posterior = posterior_score_store(posterior_scores).read_keyed(["thought"], parts=[part])
-    nothing: dict[str, list[float]] = {"thought": [], "answer": []}
+    nothing = {"thought": NO_LOGPROBS, "answer": NO_LOGPROBS}
     keys = [(t.question_id, t.index) for t in traces]
     return [
         _Row(
@@ -264,7 +267,7 @@ def read_answers(
         key = (trace.question_id, trace.index)
         for answer in by_trace.get(key, []):
             correct.append(float(is_correct(scores[(*key, answer)]["score"])))
-            found.append(np.asarray(ids[(*key, answer)]["ids"], dtype=np.int32))
+            found.append(ids[(*key, answer)]["ids"])
         offsets.append(len(correct))
     return torch.tensor(correct, dtype=torch.float32), torch.tensor(offsets), found
 
@@ -290,10 +293,10 @@ def trace_offsets(traces: Sequence[Trace], questions: Sequence[Question]) -> tor
     return torch.tensor([0, *counts.values()], dtype=torch.int64).cumsum(0)
 
 
-def ragged(rows: Sequence[Sequence[float]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows end to end, float32 [T], and where each starts, int64 [N+1]."""
+def ragged(rows: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of float32 end to end, [T], and where each starts, int64 [N+1]."""
     offsets = torch.tensor([0, *map(len, rows)], dtype=torch.int64).cumsum(0)
-    return torch.tensor([x for row in rows for x in row], dtype=torch.float32), offsets
+    return torch.from_numpy(np.concatenate([NO_LOGPROBS, *rows])), offsets
 
 
 def well_formed(run: Run, trace: Trace) -> bool:

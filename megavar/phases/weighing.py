@@ -26,6 +26,7 @@ from megavar.phases.run import OpenPhase, Run
 from megavar.phases.sampling import trace_store
 from megavar.phases.scoring import policy_score_store
 from megavar.phases.tables import (
+    NO_LOGPROBS,
     OwnSamples,
     Proposals,
     ProposalTable,
@@ -179,8 +180,10 @@ def _since_sampled(
     if policy_scores is None:
         return {}
     scores = policy_score_store(policy_scores).read_keyed(["thought"], parts=[part])
-    now, offsets = ragged([scores[t.question_id, t.index]["thought"] if t.closed else [] for t in traces])
-    then, _ = ragged([t.thought_logprobs.tolist() if t.closed else [] for t in traces])
+    now, offsets = ragged(
+        [scores[t.question_id, t.index]["thought"] if t.closed else NO_LOGPROBS for t in traces]
+    )
+    then, _ = ragged([t.thought_logprobs if t.closed else NO_LOGPROBS for t in traces])
     return {"policy_logprobs": now, "sampled_logprobs": then, "cu_seqlens": offsets}
 
 

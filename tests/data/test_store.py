@@ -20,7 +20,7 @@ import pytest
 from megavar.data import store as store_module
 from megavar.data.records import Trace, VersionSpan
 from megavar.data.store import PartStore
-from megavar.data.traces import TRACE_SCHEMA, TraceStore, trace_batch
+from megavar.data.traces import LOGPROBS, TRACE_SCHEMA, TraceStore, trace_batch
 from megavar.errors import UserError
 
 SCORES = pa.schema(
@@ -175,6 +175,26 @@ def test_rows_are_read_by_key_and_keys_never_collide(tmp_path):
     store.write_part(1, [row])
     with pytest.raises(ValueError, match="appears twice"):
         store.read_keyed(["score"])
+
+
+def test_lists_of_numbers_are_read_by_key_as_arrays_of_their_own(tmp_path):
+    key = [
+        pa.field("question_id", pa.string(), nullable=False),
+        pa.field("index", pa.int32(), nullable=False),
+    ]
+    schema = pa.schema(
+        [*key, pa.field("thought", LOGPROBS, nullable=False), pa.field("words", pa.list_(pa.string()))]
+    )
+    store = PartStore(tmp_path, schema)
+    row = {"question_id": "q", "thought": [-0.5, -1.5], "words": ["a", None]}
+    store.write_part(0, [row | {"index": 0}, row | {"index": 1, "thought": [], "words": None}])
+    found = store.read_keyed(["thought", "words"])
+    first, second = found["q", 0], found["q", 1]
+    assert (first["words"], second["words"]) == (["a", None], None)
+    np.testing.assert_array_equal(first["thought"], np.array([-0.5, -1.5], np.float32), strict=True)
+    np.testing.assert_array_equal(second["thought"], np.empty(0, np.float32), strict=True)
+    first["thought"][0] = 0.0  # its own, to be written to
+    assert found["q", 0]["thought"].base is None
 
 
 def test_memory_of_reading_and_writing_is_one_row_group(tmp_path, monkeypatch):
