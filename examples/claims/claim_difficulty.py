@@ -13,7 +13,7 @@ from claim_arms import plot as plot_arms
 from intervals import paired
 from markdown import arms_table, check_equal, table
 from plots import COLOURS, figure
-from replicate import Replicate, posterior_tokens, sampled_tokens
+from replicate import Replicate, posterior_tokens, round_of, sampled_tokens
 from task import LETTERS
 
 from megavar.config.recipe import Arm
@@ -23,7 +23,6 @@ from megavar.phases.sampling import sample
 from megavar.phases.steps import judge_own, whole_samples
 from megavar.phases.watch import question_store
 from megavar.runs import Phase
-from megavar.trainer.fit import Stretch
 
 PAIRS = (
     ("rft", "variational"),
@@ -74,9 +73,10 @@ def measure(replicate: Replicate) -> dict[str, Any]:
 
 def _online(replicate: Replicate, arm: Arm) -> dict[str, Any]:
     """The arm on fresh samples: rounds divide questions and steps, each samples from the newest policy."""
-    rounds, fit, initial = replicate.claim["rounds"], replicate.fit(), replicate.initial()
+    rounds, initial = replicate.claim["rounds"], replicate.initial()
+    fit = replicate.fit(rounds)
     own = replicate.with_traces(replicate.claim["own_samples"])
-    size, steps = len(own.train) // rounds, (fit.steps or 0) // rounds
+    size = len(own.train) // rounds
     policy, tokens, data = initial, 0, None
     for t in range(rounds):
         name = f"online/{arm.name}/{t + 1}"
@@ -85,12 +85,9 @@ def _online(replicate: Replicate, arm: Arm) -> dict[str, Any]:
         tokens += sampled_tokens(traces)
         samples = judge_own(run, name, traces, needs_of([arm]), policy=policy, initial=initial)
         data = training_set(run, f"{name}/data", arm, Material(own=samples))
-        stretch = Stretch(first=t * steps, last=(t + 1) * steps, steps=rounds * steps)
-        policy = replicate.train(
-            name, data, fit=fit.model_copy(update={"steps": steps}), start=policy, stretch=stretch
-        )
+        policy = replicate.train(name, data, fit=fit, start=policy, stretch=round_of(fit, t, rounds))
     return replicate.outcome(
-        f"online/{arm.name}/last", policy, data=data, sampled=tokens, steps=rounds * steps
+        f"online/{arm.name}/last", policy, data=data, sampled=tokens, steps=rounds * (fit.steps or 0)
     )
 
 
@@ -127,30 +124,41 @@ def tables(whole: dict[str, Any]) -> str:
     seeds = whole["seeds"]
     first = next(iter(seeds.values()))
     names = list(first["arms"])
-    text = arms_table(seeds, names, reference=names[0])
+    return (
+        arms_table(seeds, names, reference=names[0])
+        + "\nDifferences by letter, from easy to hard:\n\n"
+        + _by_letter(list(seeds.values()))
+        + "\nImplied weight of a question, by pi_0's accuracy P on it (last two rows: theory):\n\n"
+        + _by_accuracy([seed["implied"] for seed in seeds.values()])
+    )
+
+
+def _by_letter(seeds: list[dict[str, Any]]) -> str:
+    """Table of the differences of PAIRS."""
     rows = []
-    for first_arm, second in PAIRS:
-        if first_arm in names and second in names:
-            pair = [[s["arms"][n]["by"] for s in seeds.values()] for n in (first_arm, second)]
-            cells = [paired([by[x] for by in pair[0]], [by[x] for by in pair[1]]).signed for x in LETTERS]
-            rows.append([f"{first_arm} - {second}", *cells])
-    text += "\nDifferences by letter, from easy to hard:\n\n" + table(["", *LETTERS], rows)
-    rows = []
-    for name in first["implied"]:
-        curves = [seed["implied"][name] for seed in seeds.values()]
-        cells = [_mean_of_known(binned(c, low, high) for c in curves) for low, high in BINS]
-        rows.append([name, *cells])
+    for first, second in PAIRS:
+        if first in seeds[0]["arms"] and second in seeds[0]["arms"]:
+            one, other = ([s["arms"][name]["by"] for s in seeds] for name in (first, second))
+            cells = [paired([by[x] for by in one], [by[x] for by in other]).signed for x in LETTERS]
+            rows.append([f"{first} - {second}", *cells])
+    return table(["", *LETTERS], rows)
+
+
+def _by_accuracy(implied: list[dict[str, list[list[float]]]]) -> str:
+    """Table of the implied weights; implied: a seed's curve of each arm."""
+    curves = {name: [seed[name] for seed in implied] for name in implied[0]}
     for label, rule in (
-        ("P", lambda p: p),
-        ("sqrt(P/(1-P))", lambda p: np.sqrt(p / (1 - p)) if p < 1 else 0.0),
+        ("*P*", lambda p: p),
+        ("*sqrt(P/(1-P))*", lambda p: math.sqrt(p / (1 - p)) if p < 1 else 0),
     ):
-        curve = [[[p, n, float(rule(p))] for p, n, _ in s["implied"]["variational"]] for s in seeds.values()]
-        rows.append(
-            [f"*{label}*", *(_mean_of_known(binned(c, low, high) for c in curve) for low, high in BINS)]
-        )
-    header = ["arm", *(f"P = {high:.0f}" if high in (0, 1) else f"up to {high}" for _, high in BINS)]
-    text += "\nImplied weight of a question, by pi_0's accuracy P on it (last two rows: theory):\n\n"
-    return text + table(header, rows)
+        curves[label] = [[[p, n, rule(p)] for p, n, _ in seed["variational"]] for seed in implied]
+    rows = [
+        [name, *(_mean_of_known(binned(curve, low, high) for curve in own) for low, high in BINS)]
+        for name, own in curves.items()
+    ]
+    return table(
+        ["arm", *(f"P = {high:.0f}" if high in (0, 1) else f"up to {high}" for _, high in BINS)], rows
+    )
 
 
 def plot(whole: dict[str, Any], path: Path) -> None:

@@ -16,7 +16,7 @@ from intervals import over_seeds, paired
 from markdown import arms_table, check_equal, table
 from plots import COLOURS, figure, line
 from quality import thoughts
-from replicate import Replicate, sampled_tokens
+from replicate import Replicate, round_of, sampled_tokens
 
 from megavar.config.recipe import Fit
 from megavar.data.records import Question
@@ -30,13 +30,16 @@ from megavar.phases.steps import answer_and_verify, judge, policy_traces, poster
 from megavar.phases.tables import ProposalTable
 from megavar.phases.weighing import forward_kl_training_set
 from megavar.runs import Phase
-from megavar.trainer.fit import Stretch
 
 KEYS = ("right", "shortcut", "follows", "follows_wrong", "entropy", "distinct", "kl", "elbo")
 
 
 def measure(replicate: Replicate) -> dict[str, Any]:
-    start, rounds = replicate.taught_posterior(), replicate.claim["rounds"]
+    start, rounds, fit = (
+        replicate.taught_posterior(),
+        replicate.claim["rounds"],
+        Fit(**replicate.claim["fit"]),
+    )
     looks: dict[str, list[dict[str, float]]] = {}
     arms: dict[str, Any] = {}
     shared = _look(replicate, "kl/start", start)
@@ -47,9 +50,7 @@ def measure(replicate: Replicate) -> dict[str, Any]:
             size = len(replicate.run.train) // rounds
             run = replicate.with_questions(replicate.run.train[number * size : (number + 1) * size])
             data, spent = _training_set(replicate, run, name, objective, q)
-            fit = Fit(**replicate.claim["fit"])
-            steps = fit.steps or 0
-            stretch = Stretch(first=number * steps, last=(number + 1) * steps, steps=rounds * steps)
+            stretch = round_of(fit, number, rounds)
             q = fit_phase(replicate.run, f"{name}/fit", start=q, data=data, fit=fit, stretch=stretch)
             tokens += spent
             looks[objective].append(_look(replicate, name, q))
@@ -122,25 +123,30 @@ def tables(whole: dict[str, Any]) -> str:
         for number in range(len(looks)):
             each = [seed["looks"][objective][number] for seed in seeds.values()]
             rows.append([objective, number, *(over_seeds([e[key] for e in each]) for key in KEYS)])
-    text = "q after each round (0: before the first): share of thoughts without a slip; right answer in spite of a "
-    text += "slip; the right answer shown is reached; a wrong answer shown is reached; nats per token; share of a "
-    text += "question's 8 thoughts that differ; KL(q||pi_0) and ELBO in nats per question:\n\n"
-    text += table(["objective", "round", *KEYS], rows)
     names = list(first["arms"])
-    text += "\nPolicies trained on the traces of the last q:\n\n" + arms_table(
-        seeds, names, reference=names[0]
+    return (
+        "q after each round (0: before the first): share of thoughts without a slip; right answer in spite of a "
+        "slip; the right answer shown is reached; a wrong answer shown is reached; nats per token; share of a "
+        "question's 8 thoughts that differ; KL(q||pi_0) and ELBO in nats per question:\n\n"
+        + table(["objective", "round", *KEYS], rows)
+        + "\nPolicies trained on the traces of the last q:\n\n"
+        + arms_table(seeds, names, reference=names[0])
+        + f"\nReverse minus forward after the last round: {_differences(list(seeds.values()))}.\n"
     )
-    last = len(first["looks"]["forward_kl"]) - 1
-    text += "\nReverse minus forward after the last round:"
+
+
+def _differences(seeds: list[dict[str, Any]]) -> str:
+    """Of the two objectives' last q, and of the policies that learnt from it."""
+    found = []
     for key in ("entropy", "distinct", "shortcut", "follows_wrong", "elbo"):
-        values = {o: [s["looks"][o][last][key] for s in seeds.values()] for o in first["looks"]}
-        text += f" {key} {paired(values['reverse_kl'], values['forward_kl']).signed};"
-    for arm in dict.fromkeys(name.partition(", ")[2] for name in names):
-        values = {o: [s["arms"][f"{o}, {arm}"]["accuracy"] for s in seeds.values()] for o in first["looks"]}
-        text += (
-            f" accuracy of the policy ({arm}) {paired(values['reverse_kl'], values['forward_kl']).signed};"
+        reverse, forward = ([s["looks"][o][-1][key] for s in seeds] for o in ("reverse_kl", "forward_kl"))
+        found.append(f"{key} {paired(reverse, forward).signed}")
+    for arm in dict.fromkeys(name.partition(", ")[2] for name in seeds[0]["arms"]):
+        reverse, forward = (
+            [s["arms"][f"{o}, {arm}"]["accuracy"] for s in seeds] for o in ("reverse_kl", "forward_kl")
         )
-    return text.removesuffix(";") + ".\n"
+        found.append(f"accuracy of the policy ({arm}) {paired(reverse, forward).signed}")
+    return "; ".join(found)
 
 
 def plot(whole: dict[str, Any], path: Path) -> None:

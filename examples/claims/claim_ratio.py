@@ -111,10 +111,10 @@ def tables(whole: dict[str, Any]) -> str:
     for ratio in RATIOS:
         each = [seed["ratios"][ratio] for seed in seeds]
         for i, size in enumerate(sizes):
-            cells = [
+            distance, bias, spread, ess = (
                 over_seeds([e[key][i] for e in each]) for key in ("bias", "right_bias", "right_spread", "ess")
-            ]
-            rows.append([ratio, size, cells[0], cells[1].signed, *cells[2:]])
+            )
+            rows.append([ratio, size, distance, bias.signed, spread, ess])
         rows.append([ratio, "infinite", over_seeds([e["limit_bias"] for e in each]), "", "", ""])
     text += (
         f"\nTiny model ({len(seeds)} seeds): total variation distance of the expected weights from the true "

@@ -11,14 +11,13 @@ from typing import Any
 from claim_arms import tables
 from markdown import check_equal
 from plots import COLOURS, figure, line, sizes_axis
-from replicate import Replicate, sampled_tokens
+from replicate import Replicate, round_of, sampled_tokens
 
 from megavar.config.recipe import Arm
 from megavar.phases.fitting import fit_phase
 from megavar.phases.sampling import sample
 from megavar.phases.steps import answer_and_verify, judge, policy_traces, posterior_traces
 from megavar.phases.weighing import forward_kl_training_set, variational_training_set
-from megavar.trainer.fit import Stretch
 
 __all__ = ["measure", "plot", "tables"]
 
@@ -38,23 +37,14 @@ def _online(replicate: Replicate, arm: Arm, rounds: int) -> dict[str, Any]:
     """Algorithm 1 with T rounds; see `megavar.online`, which gives every round all questions."""
     whole, recipe = replicate.with_traces(replicate.claim["traces"]), replicate.recipe
     questions = whole.train
-    fits = {
-        "posterior": recipe.posterior.fit.model_copy(
-            update={"steps": replicate.claim["posterior_steps"] // rounds}
-        ),
-        "policy": replicate.fit().model_copy(update={"steps": (replicate.fit().steps or 0) // rounds}),
-    }
+    policy_fit = replicate.fit(rounds)
+    steps = replicate.claim["posterior_steps"] // rounds
+    posterior_fit = recipe.posterior.fit.model_copy(update={"steps": steps})
     policy, q, tokens, data = replicate.initial(), None, 0, None
     size = len(questions) // rounds
     for t in range(rounds):
         run = replicate.with_questions(questions[t * size : (t + 1) * size], whole)
         name = f"rounds/{arm.name}-{rounds}/{t + 1}"
-        stretches = {
-            who: Stretch(
-                first=t * (fit.steps or 0), last=(t + 1) * (fit.steps or 0), steps=rounds * (fit.steps or 0)
-            )
-            for who, fit in fits.items()
-        }
 
         # the posterior step
         traces = sample(run, policy_traces(run, f"{name}/posterior/traces", policy, stream=f"policy/{t}"))
@@ -70,8 +60,8 @@ def _online(replicate: Replicate, arm: Arm, rounds: int) -> dict[str, Any]:
             f"{name}/posterior/fit",
             start=q,
             data=data,
-            fit=fits["posterior"],
-            stretch=stretches["posterior"],
+            fit=posterior_fit,
+            stretch=round_of(posterior_fit, t, rounds),
         )
 
         # the policy step
@@ -82,11 +72,14 @@ def _online(replicate: Replicate, arm: Arm, rounds: int) -> dict[str, Any]:
         tokens += sampled_tokens(judged.traces, judged.answers)
         data = variational_training_set(run, f"{name}/policy/data", arm, judged)
         policy = replicate.train(
-            f"{name}/policy", data, fit=fits["policy"], start=policy, stretch=stretches["policy"]
+            f"{name}/policy", data, fit=policy_fit, start=policy, stretch=round_of(policy_fit, t, rounds)
         )
-    steps = rounds * (fits["policy"].steps or 0)
     return replicate.outcome(
-        f"rounds/{arm.name}-{rounds}/last", policy, data=data, sampled=tokens, steps=steps
+        f"rounds/{arm.name}-{rounds}/last",
+        policy,
+        data=data,
+        sampled=tokens,
+        steps=rounds * (policy_fit.steps or 0),
     )
 
 

@@ -118,9 +118,9 @@ def run_seed(seed: int, paths: list[Path], out: Path) -> None:
             "initial_accuracy": accuracy,
             "measured": measured,
         }
-        path = _result_path(settings, seed, out)
-        path.parent.mkdir(exist_ok=True)
-        write_atomically(path, json.dumps(content, indent=1) + "\n")
+        result = _result_path(settings, seed, out)
+        result.parent.mkdir(exist_ok=True)
+        write_atomically(result, json.dumps(content, indent=1) + "\n")
         print(f"{settings.name}, seed {seed}: {seconds:.0f} s", flush=True)
 
 
@@ -143,7 +143,7 @@ def report(settings: Settings, out: Path, docs: Path) -> None:
     done = {str(seed): result for seed, result in found.items() if result}
     whole: dict[str, Any] = {
         "claim": settings.name,
-        "cpu_seconds": {seed: result.get("cpu_seconds") for seed, result in done.items()},
+        "cpu_seconds": {seed: result["cpu_seconds"] for seed, result in done.items()},
         "passed_over": {s: r["initial_accuracy"] for s, r in done.items() if r["measured"] is None},
         "seeds": {s: r["measured"] for s, r in done.items() if r["measured"] is not None},
     }

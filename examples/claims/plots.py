@@ -20,7 +20,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7
 @contextmanager
 def figure(path: Path, columns: int = 1, *, width: float = 4.2, height: float = 2.9) -> Iterator[list[Any]]:
     """Axes in a row; saved when the block ends."""
-    settings = {"svg.hashsalt": "megavar", "svg.fonttype": "none", "font.size": 8.5, "axes.grid": True,
+    settings: dict[Any, Any] = {"svg.hashsalt": "megavar", "svg.fonttype": "none", "font.size": 8.5, "axes.grid": True,
                 "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
     with pyplot.rc_context(settings):
         drawn, axes = pyplot.subplots(1, columns, figsize=(width * columns, height), squeeze=False)

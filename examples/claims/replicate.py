@@ -177,10 +177,10 @@ class Replicate:
             self.run, f"{name}/fit", start=start or self.initial(), data=data, fit=fit, stretch=stretch
         )
 
-    def fit(self) -> Fit:
-        """As many steps for every arm, whatever questions have a weight."""
+    def fit(self, rounds: int = 1) -> Fit:
+        """As many steps for every arm, whatever questions have a weight; an equal share of them for each round."""
         final = self.recipe.final
-        return final.model_copy(update={"steps": num_steps(final, len(self.run.train))})
+        return final.model_copy(update={"steps": num_steps(final, len(self.run.train)) // rounds})
 
     def arm(self, arm: Arm, material: Material, *, sampled: int, run: Run | None = None) -> dict[str, Any]:
         """Weigh, train and evaluate one arm. sampled: tokens that its traces and answers took."""
@@ -220,21 +220,23 @@ class Replicate:
 
 def sampled_tokens(*phases: Phase | None) -> int:
     """Tokens that the engine sampled in these phases."""
-    total = 0
-    for phase in phases:
-        counts = (phase.manifest or {})["counts"] if phase else {}
-        total += sum(counts.get(name, 0) for name in ("thought_ids", "answer_ids", "ids"))
-    return total
+    return sum(_tokens(phase.manifest or {}) for phase in phases if phase)
 
 
 def posterior_tokens(run: Run, name: str = "posterior") -> int:
-    """Tokens that a posterior's own fit took; zero for one that learnt the teacher's traces."""
-    total = 0
-    for phase in (f"{name}/traces", f"{name}/answers"):
-        manifest = json.loads((run.directory.path / phase / "manifest.json").read_text())
-        counts: Mapping[str, int] = manifest["counts"]
-        total += sum(counts.get(key, 0) for key in ("thought_ids", "answer_ids", "ids"))
-    return total
+    """Tokens that `Replicate.posterior` of that name had sampled for its fit."""
+    folders = (run.directory.path / name / kind for kind in ("traces", "answers"))
+    return sum(_tokens(json.loads((folder / "manifest.json").read_text())) for folder in folders)
+
+
+def _tokens(manifest: Mapping[str, Any]) -> int:
+    return sum(manifest["counts"].get(name, 0) for name in ("thought_ids", "answer_ids", "ids"))
+
+
+def round_of(fit: Fit, number: int, rounds: int) -> Stretch:
+    """The steps of one round, from 0, where each of them takes those of `fit`, under one schedule."""
+    steps = fit.steps or 0
+    return Stretch(first=number * steps, last=(number + 1) * steps, steps=rounds * steps)
 
 
 def single_threaded() -> None:

@@ -80,7 +80,7 @@ def load_settings(path: Path) -> Settings:
     claim = whole.pop("claim", {})
     try:
         kind, seeds, floor, task = (claim.pop(key) for key in ("kind", "seeds", "floor", "task"))
-        made = Task(**{k: tuple(v) if isinstance(v, list) else v for k, v in task.items()})
+        made = Task(**{**task, "slips": tuple(task["slips"])})
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{path}: [claim] needs kind, seeds, floor and task as in base.toml ({error})"
