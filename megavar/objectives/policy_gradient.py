@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from megavar.objectives.question_weight import QuestionWeight, question_multiplied
-from megavar.objectives.segments import check_offsets, compute_dtype, segment_ids, segment_mean, segment_std
+from megavar.objectives.segments import (
+    check_offsets,
+    compute_dtype,
+    pad,
+    segment_ids,
+    segment_mean,
+    segment_std,
+)
 
 Baseline = Literal["none", "mean", "leave_one_out"]
 
@@ -56,11 +63,11 @@ def scaled_by_question(
 ) -> Tensor:
     """`question_multiplied` with the mean and the standard deviation of the question's own rewards.
 
-    A spread below 1e-6 of the largest reward is rounding: such a question counts as one of equal rewards.
+    A spread below 1e-6 of the question's largest reward is rounding: it counts as one of equal rewards.
     """
     rewards = rewards.to(weights.dtype)
     std = segment_std(rewards, question_offsets)
-    largest = rewards.abs().max() if rewards.numel() else 0.0
+    largest = pad(rewards.abs(), question_offsets, 0.0).amax(dim=1)
     return question_multiplied(
         weights,
         question_offsets,

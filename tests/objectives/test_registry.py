@@ -213,6 +213,44 @@ def test_open_samples_are_rewarded_with_nothing_or_left_out() -> None:
     assert torch.equal(jepo.thought, latro.thought)
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        *({"objective": name} for name in PUBLISHED),
+        *({"objective": "grpo", "reward": reward} for reward in ("gml", "likelihood")),
+        {"objective": "reinforce", "reward": "likelihood", "question_weight": "inverse_std"},
+        {"objective": "verifree", "question_weight": "inverse_accuracy"},
+        {"objective": "jepo", "normalised": True},
+    ],
+)
+def test_a_question_is_weighed_by_its_own_samples_alone(keys: dict) -> None:
+    """A hard question, whose solution no thought makes more probable than 1e-7, beside an easy one."""
+    arm = Arm(name="a", **keys)
+    hard = Samples(
+        question_offsets=torch.tensor([0, 3]),
+        correct=torch.tensor([True, False, False]),
+        well_formed=torch.tensor([True, True, True]),
+        lengths=torch.tensor([4, 6, 8]),
+        mean_length=5.0,
+        reference_logprobs=torch.tensor([-9.0, -10.0, -20.0, -1.0, -12.0, -14.0]),
+        reference_offsets=torch.tensor([0, 2, 4, 6]),
+    )
+    assert hard.reference_logprobs is not None and CLOSED.reference_logprobs is not None
+    both = Samples(
+        question_offsets=torch.tensor([0, 3, 6, 8]),
+        correct=torch.cat([hard.correct, CLOSED.correct]),
+        well_formed=torch.cat([hard.well_formed, CLOSED.well_formed]),
+        lengths=torch.cat([hard.lengths, CLOSED.lengths]),
+        mean_length=5.0,
+        reference_logprobs=torch.cat([hard.reference_logprobs, CLOSED.reference_logprobs]),
+        reference_offsets=torch.tensor([0, 2, 4, 6, 8, 9, 10, 11, 12]),
+    )
+    alone, beside = weigh_samples(hard, arm), weigh_samples(both, arm)
+    assert alone.thought.abs().sum() > 0
+    for own, found in zip(alone, beside, strict=True):
+        torch.testing.assert_close(found[:3], own, rtol=1e-6, atol=0)
+
+
 def test_rewards_without_a_verifier() -> None:
     arm = Arm(name="a", objective="reinforce", reward="mean_probability", baseline="none")
     wanted = [
