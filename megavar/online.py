@@ -12,6 +12,8 @@ Weights always divide by the density that a trace was drawn from.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megavar.config.recipe import Fit
 from megavar.objectives.registry import needs_of
 from megavar.phases.ahead import TraceStream
@@ -47,16 +49,14 @@ def online_rounds(run: Run) -> list[Result]:
         """Traces of the policy. Where the recipe says so, the first posterior learns the data set's instead."""
         if t == 1 and recipe.posterior.objective == "sft":
             return None
-        used = max(0, t - 1 - lag)
-        newer = {policies[used].name: t - 1 - used}
+        sampler, newer = lagged(policies, t - 1, lag)
         name = f"{round_name(t)}/posterior/traces"
-        return policy_traces(run, name, policies[used], stream=f"policy/{t}", newer=newer)
+        return policy_traces(run, name, sampler, stream=f"policy/{t}", newer=newer)
 
     def proposed(t: int) -> Sampling:
-        used = max(1, t - lag)
-        newer = {posteriors[used - 1].name: t - used}
+        sampler, newer = lagged(posteriors, t - 1, lag)
         name = f"{round_name(t)}/proposals/traces"
-        return posterior_traces(run, name, posteriors[used - 1], stream=f"posterior/{t}", newer=newer)
+        return posterior_traces(run, name, sampler, stream=f"posterior/{t}", newer=newer)
 
     with (
         TraceStream(run, own, rounds=recipe.rounds, staleness=lag) as own_traces,
@@ -81,7 +81,7 @@ def online_rounds(run: Run) -> list[Result]:
             assert traces is not None
 
             # the policy step
-            source = posteriors[max(1, t - lag) - 1]
+            source, _ = lagged(posteriors, t - 1, lag)
             judged = judge(
                 run,
                 f"{name}/proposals",
@@ -106,6 +106,15 @@ def online_rounds(run: Run) -> list[Result]:
             data = variational_training_set(run, f"{name}/policy/data", arm, judged, samples)
             results.append(policy_step(run, t, policies, data))
     return results
+
+
+def lagged(models: Sequence[Phase], newest: int, lag: int) -> tuple[Phase, dict[str, int]]:
+    """What samples: the model `lag` rounds older than `models[newest]`, which need not be there yet, or the first.
+
+    The second value is its name -> by how many rounds it lags, for `policy_traces` and the like.
+    """
+    used = max(0, newest - lag)
+    return models[used], {models[used].name: newest - used}
 
 
 def policy_step(run: Run, t: int, policies: list[Phase], data: Phase) -> Result:

@@ -8,7 +8,7 @@ the newest policy's log-probs over those that the engine recorded.
 from __future__ import annotations
 
 from megavar.objectives.registry import needs_of
-from megavar.online import policy_step, round_name
+from megavar.online import lagged, policy_step, round_name
 from megavar.phases.ahead import TraceStream
 from megavar.phases.evaluation import Result, evaluate
 from megavar.phases.material import Material, training_set
@@ -27,20 +27,16 @@ def policy_rounds(run: Run) -> list[Result]:
     results = [Result(name="initial", verdicts=evaluate(run, "eval/initial", weights=initial), data=None)]
 
     def own(t: int) -> Sampling:
-        used = max(0, t - 1 - lag)
-        newer = {policies[used].name: t - 1 - used}
-        return whole_samples(
-            run, f"{round_name(t)}/own/traces", policies[used], stream=f"policy/{t}", newer=newer
-        )
+        sampler, newer = lagged(policies, t - 1, lag)
+        return whole_samples(run, f"{round_name(t)}/own/traces", sampler, stream=f"policy/{t}", newer=newer)
 
     def hinted(t: int) -> Sampling | None:
         """Thoughts of the policy after the posterior's prompt."""
         if "prompted" not in needs:
             return None
-        used = max(0, t - 1 - lag)
-        newer = {policies[used].name: t - 1 - used}
+        sampler, newer = lagged(policies, t - 1, lag)
         name = f"{round_name(t)}/prompted/traces"
-        return posterior_traces(run, name, policies[used], stream=f"prompted/{t}", newer=newer)
+        return posterior_traces(run, name, sampler, stream=f"prompted/{t}", newer=newer)
 
     with (
         TraceStream(run, own, rounds=recipe.rounds, staleness=lag) as own_traces,

@@ -24,6 +24,7 @@ from megavar.commands.stored import Stored, find_stored
 from megavar.errors import UserError
 from megavar.models.architecture import read_architecture
 from megavar.models.families import layout_table
+from megavar.models.parallel_layout import ParallelLayout
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -65,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
         if out is not None:
             check_new_directory(out)
     if args.dry_run:
-        return dry_run(args, stored.hf)
+        dry_run(args, stored.hf, layout)
+        return 0
     return run_on_ranks(
         "megavar.commands.reshard",
         args.source,
@@ -89,8 +91,8 @@ def version_of(source: Path, stored: Stored) -> str:
     return source.absolute().name if inside else stored.weights.absolute().name
 
 
-def dry_run(args: argparse.Namespace, hf: Path) -> int:
-    """The plan for the servers as they are now, or what would be written."""
+def dry_run(args: argparse.Namespace, hf: Path, layout: ParallelLayout) -> None:
+    """Print the plan for the servers as they are now, or what would be written."""
     architecture = read_architecture(hf)
     if not args.engine:
         tensors = layout_table(architecture).tensors
@@ -99,18 +101,15 @@ def dry_run(args: argparse.Namespace, hf: Path) -> int:
             f"{args.source}: {count} parameters ({architecture.family}) would be read under {args.trainer} "
             f"and written to {args.hf or args.checkpoint}"
         )
-        return 0
+        return
     from megavar.commands.reshard import engine_errors
+    from megavar.rollout.servers import ExternalServers
     from megavar.sync.engines import EngineCalls, planned_layout
 
+    urls = ExternalServers(args.engine).servers()
     with engine_errors():
-        found = planned_layout(architecture, {url: EngineCalls(url, 60.0).state() for url in args.engine})
-    engine = f"tp={found.tp},ep={found.ep},count={len(args.engine)}"
-    return sync.run(
-        argparse.Namespace(
-            action="plan", model=hf, trainer=args.trainer, engine=engine, dtype=found.dtype, json=False
-        )
-    )
+        engine = planned_layout(architecture, {url: EngineCalls(url, 60.0).state() for url in urls})
+    sync.show_plan(hf, layout, engine, len(urls))
 
 
 def main() -> None:

@@ -10,15 +10,19 @@ Weights only: optimizer state belongs to `megavar.trainer.checkpoint`.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from megavar.errors import UserError
-from megavar.models.companions import copy_companions as copy_companions
+from megavar.models.companions import copy_companions
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
+
+    from megavar.parallel.groups import Groups
 
 MANIFEST = "import.json"
 WEIGHTS = "weights"
@@ -63,25 +67,46 @@ def _files(checkpoint: Path) -> list[Path]:
     return sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MANIFEST)
 
 
-def save_weights(chunks: Sequence[GPTModel], directory: Path) -> None:
-    """Write the parameters of all chunks of all ranks into an empty directory; collective."""
+def write_checkpoint(chunks: Sequence[GPTModel], hf: Path, out: Path, groups: Groups) -> None:
+    """The parameters of all chunks of all ranks, with the companions of `hf`, appear as `out` when all is there;
+    collective."""
+    import torch.distributed as dist
     from megatron.core import dist_checkpointing
 
-    # What is stored is named by its place in the whole model, not by its chunk.
-    model = {index: chunk.sharded_state_dict(metadata=_metadata()) for index, chunk in enumerate(chunks)}
-    dist_checkpointing.save({"model": model}, str(directory))
+    partial = out.parent / f".{out.name}.partial"
+    if groups.is_main:
+        shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
+        (partial / WEIGHTS).mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save({"model": sharded(chunks)}, str(partial / WEIGHTS))
+    dist.barrier()
+    if groups.is_main:
+        copy_companions(hf, partial / COMPANIONS)
+        dtype = str(next(chunks[0].parameters()).dtype).removeprefix("torch.")
+        write_manifest(partial, tp=groups.tp, pp=groups.pp, dtype=dtype)
+        os.replace(partial, out)
+    dist.barrier()
 
 
 def load_weights(module: GPTModel, directory: Path) -> None:
     """Fill this rank's parameters, under any layout; collective."""
     from megatron.core import dist_checkpointing
 
-    asked = {"model": module.sharded_state_dict(metadata=_metadata())}
-    module.load_state_dict(dist_checkpointing.load(asked, str(directory))["model"])
+    from megavar.models.sharded import load_parameters
+
+    state = dist_checkpointing.load({"model": sharded([module])}, str(directory))
+    load_parameters(module, state["model"][0])
 
 
-def _metadata() -> dict[str, object]:
+def sharded(chunks: Sequence[GPTModel]) -> dict[int, dict]:
+    """Megatron's description of all parameters, for saving and for loading.
+
+    What is stored is named by its place in the whole model, not by its chunk.
+    """
     from megatron.core import parallel_state
 
+    from megavar.models.sharded import sharded_parameters
+
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    return {"dp_cp_group": group, "singleton_local_shards": False}
+    metadata = {"dp_cp_group": group, "singleton_local_shards": False}
+    return {index: sharded_parameters(chunk, metadata) for index, chunk in enumerate(chunks)}

@@ -13,19 +13,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from megavar.commands.checkpoint import (
-    COMPANIONS,
-    MANIFEST,
-    WEIGHTS,
-    copy_companions,
-    load_weights,
-    read_manifest,
-)
+from megavar.commands.checkpoint import COMPANIONS, MANIFEST, WEIGHTS, load_weights, read_manifest
 from megavar.commands.ranks import check_new_directory
 from megavar.config.load import load_recipe
 from megavar.data.suggest import did_you_mean
 from megavar.errors import UserError
 from megavar.models.architecture import read_architecture
+from megavar.models.companions import copy_companions
 from megavar.models.hf_files import check_hf_directory, split_into_files, write_index
 from megavar.runs import phase_status
 

@@ -79,13 +79,14 @@ def _of_megatron(architecture: Architecture, weights: Path, tokens: torch.Tensor
     # After megavar.parallel, which adapts Megatron to a machine without CUDA.
     from megatron.core import dist_checkpointing
 
-    from megavar.commands.stored import sharded
+    from megavar.commands.checkpoint import sharded
     from megavar.models.build import build_model, transformer_config
+    from megavar.models.sharded import load_parameters
 
     config = transformer_config(architecture, groups, dtype=torch.float32)
     chunks = build_model(architecture, config, groups)
     state = dist_checkpointing.load({"model": sharded(chunks)}, str(weights))
-    chunks[0].load_state_dict(state["model"][0])
+    load_parameters(chunks[0], state["model"][0])
     positions = torch.arange(tokens.shape[1], device=groups.device).expand(len(tokens), -1)
     logits = chunks[0].eval()(tokens.to(groups.device), positions, None)
     dist.destroy_process_group()

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from megavar.commands.checkpoint import COMPANIONS, WEIGHTS, copy_companions, save_weights, write_manifest
+from megavar.commands.checkpoint import write_checkpoint
 from megavar.commands.ranks import check_model, check_new_directory, run_on_ranks
 from megavar.errors import UserError
 from megavar.models.parallel_layout import ParallelLayout
@@ -40,17 +38,8 @@ def main(path: Path, *, model: str, layout: dict[str, int], dtype: str) -> None:
 
     groups = initialize(ParallelLayout(**layout))
     loaded = load_model(Path(model), groups, Settings(dtype=dtype))
-    partial = path.parent / f".{path.name}.partial"
+    write_checkpoint(loaded.chunks, Path(model), path, groups)
     if groups.is_main:
-        shutil.rmtree(partial, ignore_errors=True)  # of an import that was killed
-        (partial / WEIGHTS).mkdir(parents=True)
-    dist.barrier()
-    save_weights(loaded.chunks, partial / WEIGHTS)
-    dist.barrier()
-    if groups.is_main:
-        copy_companions(Path(model), partial / COMPANIONS)
-        write_manifest(partial, tp=groups.tp, pp=groups.pp, dtype=dtype)
-        os.replace(partial, path)
         split = ", ".join(f"{name} {size}" for name, size in layout.items() if name != "ranks" and size > 1)
         print(
             f"{path}: {dtype} weights of {model}, written by {groups.world} ranks"

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megavar.commands.checkpoint import COMPANIONS, WEIGHTS, copy_companions, write_manifest
-from megavar.commands.stored import Stored, find_stored, load_stored, sharded
+from megavar.commands.checkpoint import write_checkpoint
+from megavar.commands.stored import Stored, find_stored, load_stored
 from megavar.errors import UserError
 from megavar.models.parallel_layout import ParallelLayout
 
@@ -19,6 +17,7 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
     from megavar.parallel.groups import Groups
+    from megavar.rollout.servers import ExternalServers
     from megavar.sync.transport import Transport
 
 
@@ -43,21 +42,18 @@ def main(
     from megavar.progress import Progress
 
     groups = initialize(ParallelLayout(**layout))
+    servers = running_servers(engines) if engines else None
     stored = find_stored(path, Path(hf) if hf else None)
     progress = Progress(enabled=groups.is_main)
     with progress.phase("load"):
         chunks, architecture = load_stored(stored, groups)
     if engines:
-        from megavar.rollout.servers import ExternalServers
-        from megavar.sync.collective import on_main
         from megavar.sync.transport import open_sync
 
-        opened: list[ExternalServers] = []
-        on_main(lambda: opened.append(ExternalServers(engines)))
         sync = open_sync(
             transport,
             architecture,
-            opened[0] if opened else None,
+            servers,
             hf_directory=stored.hf,
             directory=Path(directory) if directory else None,
             host=host,
@@ -86,13 +82,23 @@ def main(
                 _compare(Stored(Path(to_hf), Path(to_hf), True), chunks, groups)
     if to_checkpoint:
         with progress.phase("write"):
-            _write(chunks, stored, Path(to_checkpoint), groups)
+            write_checkpoint(chunks, stored.hf, Path(to_checkpoint), groups)
         _say(f"{to_checkpoint}: written for {_sizes(groups.layout)}; it loads under any layout")
         if verify:
             with progress.phase("read back"):
                 _compare(find_stored(Path(to_checkpoint), None), chunks, groups)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def running_servers(urls: list[str]) -> ExternalServers | None:
+    """On rank 0, which alone talks to them; collective. Raises UserError on every rank where one does not answer."""
+    from megavar.rollout.servers import ExternalServers
+    from megavar.sync.collective import on_main
+
+    opened: list[ExternalServers] = []
+    on_main(lambda: opened.append(ExternalServers(urls)))
+    return opened[0] if opened else None
 
 
 @contextmanager
@@ -104,25 +110,6 @@ def engine_errors() -> Iterator[None]:
         yield
     except EngineError as error:
         raise UserError(str(error)) from None
-
-
-def _write(chunks: list[GPTModel], stored: Stored, out: Path, groups: Groups) -> None:
-    import torch.distributed as dist
-    from megatron.core import dist_checkpointing
-
-    partial = out.parent / f".{out.name}.partial"
-    if groups.is_main:
-        shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
-        (partial / WEIGHTS).mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save({"model": sharded(chunks)}, str(partial / WEIGHTS))
-    dist.barrier()
-    if groups.is_main:
-        copy_companions(stored.hf, partial / COMPANIONS)
-        dtype = str(next(chunks[0].parameters()).dtype).removeprefix("torch.")
-        write_manifest(partial, tp=groups.tp, pp=groups.pp, dtype=dtype)
-        os.replace(partial, out)
-    dist.barrier()
 
 
 def _compare(written: Stored, chunks: list[GPTModel], groups: Groups) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from megavar.commands.checkpoint import COMPANIONS, MANIFEST, WEIGHTS, read_manifest
+from megavar.commands.checkpoint import COMPANIONS, MANIFEST, WEIGHTS, read_manifest, sharded
 from megavar.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def load_stored(stored: Stored, groups: Groups) -> tuple[list[GPTModel], Archite
     from megavar.models.architecture import read_architecture
     from megavar.models.build import build_model, transformer_config
     from megavar.models.hf_import import load_hf_weights
+    from megavar.models.sharded import load_parameters
 
     architecture = read_architecture(stored.hf)
     dtype = getattr(torch, architecture.dtype)
@@ -84,14 +85,5 @@ def load_stored(stored: Stored, groups: Groups) -> tuple[list[GPTModel], Archite
         told = " ".join(str(error).split())
         raise UserError(f"{stored.weights}: not the weights of {stored.hf / 'config.json'}: {told}") from None
     for index, chunk in enumerate(chunks):
-        chunk.load_state_dict(state["model"][index])
+        load_parameters(chunk, state["model"][index])
     return chunks, architecture
-
-
-def sharded(chunks: list[GPTModel]) -> dict[int, dict]:
-    """Megatron's description of all parameters, for saving and for loading."""
-    from megatron.core import parallel_state
-
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    metadata = {"dp_cp_group": group, "singleton_local_shards": False}
-    return {index: chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)}

@@ -32,20 +32,26 @@ def run(args: argparse.Namespace) -> int:
 
         return sync_verify.run(args)
     directory = args.model.parent if args.model.name == "config.json" else args.model
-    architecture = read_architecture(directory)
-    trainer = trainer_layout(args.trainer)
     sizes = parse_sizes("--engine", args.engine, ENGINE_SIZES)
     engines = sizes.pop("count", 1)
-    dtype = args.dtype or architecture.dtype
+    engine = EngineLayout(dtype=args.dtype or read_architecture(directory).dtype, **sizes)
+    show_plan(directory, trainer_layout(args.trainer), engine, engines, as_json=args.json)
+    return 0
+
+
+def show_plan(
+    model: Path, trainer: ParallelLayout, engine: EngineLayout, engines: int, *, as_json: bool = False
+) -> None:
+    """Print the figures of the plan. model: directory with a config.json. Raises UserError as `plan` does."""
+    architecture = read_architecture(model)
     started = time.perf_counter()
-    made = plan(architecture, trainer, EngineLayout(dtype=dtype, **sizes), engines)
+    made = plan(architecture, trainer, engine, engines)
     seconds = time.perf_counter() - started
     figures = traffic(made)
-    if args.json:
-        print(json.dumps(as_json(made, figures, seconds), indent=1))
+    if as_json:
+        print(json.dumps(_json(made, figures, seconds), indent=1))
     else:
-        _print(Console(), directory, architecture, made, figures, seconds)
-    return 0
+        _print(Console(), model, architecture, made, figures, seconds)
 
 
 def trainer_layout(text: str) -> ParallelLayout:
@@ -72,7 +78,7 @@ def parse_sizes(option: str, text: str, known: Sequence[str]) -> dict[str, int]:
     return sizes
 
 
-def as_json(made: Plan, figures: Traffic, seconds: float) -> dict[str, Any]:
+def _json(made: Plan, figures: Traffic, seconds: float) -> dict[str, Any]:
     """Every figure of the tables, and the bytes of every link."""
     return {
         "fingerprint": made.fingerprint,

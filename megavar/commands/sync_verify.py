@@ -32,20 +32,17 @@ def main(path: Path, *, hf: str | None, layout: dict[str, int], engines: list[st
     """Load `path` and compare; called on every rank."""
     import torch.distributed as dist
 
-    from megavar.commands.reshard import engine_errors
+    from megavar.commands.reshard import engine_errors, running_servers
     from megavar.commands.stored import load_stored
     from megavar.models.parallel_layout import ParallelLayout
     from megavar.parallel.groups import initialize
-    from megavar.rollout.servers import ExternalServers
-    from megavar.sync.collective import on_main
     from megavar.sync.verify import verify_servers
 
     groups = initialize(ParallelLayout(**layout))
-    opened: list[ExternalServers] = []
-    on_main(lambda: opened.append(ExternalServers(engines)))
+    servers = running_servers(engines)
     chunks, architecture = load_stored(find_stored(path, Path(hf) if hf else None), groups)
     with engine_errors():
-        difference = verify_servers(architecture, opened[0] if opened else None, chunks, groups.layout)
+        difference = verify_servers(architecture, servers, chunks, groups.layout)
     if difference is not None:
         raise UserError(f"{path}: not what is served: {difference}")
     if groups.is_main:

@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megavar.commands import convert
-from megavar.commands.stored import Stored, find_stored, load_stored, sharded
+from megavar.commands.checkpoint import sharded
+from megavar.commands.stored import Stored, find_stored, load_stored
 from megavar.errors import UserError
 from megavar.models.architecture import read_architecture
 from megavar.models.build import build_model, transformer_config
