@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megavar.data.records import Question, Trace
 from megavar.data.store import PartStore
+from megavar.data.templates import Encoder
 from megavar.data.traces import LOGPROBS, TraceStore
 from megavar.data.training_set import Example
 from megavar.phases.run import OpenPhase, Run, largest_over_ranks, total_over_ranks
@@ -61,17 +62,7 @@ def score_under_policy(run: Run, name: str, *, weights: Phase, traces: Phase) ->
         routes = trace.routes(prompt, len(trace.thought_ids))
         return Example.of(question.id, prompt, response, experts=routes)
 
-    def rows(scored: list[tuple[Trace, np.ndarray]]) -> Iterable[dict]:
-        for trace, logprobs in scored:
-            z = len(trace.thought_ids)
-            yield {
-                "question_id": trace.question_id,
-                "index": trace.index,
-                "thought": logprobs[:z],
-                "answer": logprobs[z:],
-            }
-
-    return _score(run, name, weights, traces, policy_score_store, example, rows, proposal=False)
+    return _score(run, name, run.policy, weights, traces, policy_score_store, example, proposal=False)
 
 
 def score_samples(run: Run, name: str, *, weights: Phase, traces: Phase) -> Phase:
@@ -82,18 +73,8 @@ def score_samples(run: Run, name: str, *, weights: Phase, traces: Phase) -> Phas
         response = np.concatenate([trace.thought_ids, trace.answer_ids])
         return Example.of(question.id, trace.prompt_ids, response, experts=trace.experts)
 
-    def rows(scored: list[tuple[Trace, np.ndarray]]) -> Iterable[dict]:
-        for trace, logprobs in scored:
-            z = len(trace.thought_ids)
-            yield {
-                "question_id": trace.question_id,
-                "index": trace.index,
-                "thought": logprobs[:z],
-                "answer": logprobs[z:],
-            }
-
     return _score(
-        run, name, weights, traces, policy_score_store, example, rows, proposal=False, open_too=True
+        run, name, run.policy, weights, traces, policy_score_store, example, proposal=False, open_too=True
     )
 
 
@@ -110,35 +91,33 @@ def score_under_posterior(
         routes = trace.routes(prompt, len(trace.thought_ids))
         return Example.of(question.id, prompt, trace.thought_ids, experts=routes)
 
-    def rows(scored: list[tuple[Trace, np.ndarray]]) -> Iterable[dict]:
-        for trace, logprobs in scored:
-            yield {"question_id": trace.question_id, "index": trace.index, "thought": logprobs}
-
-    return _score(run, name, weights, traces, posterior_score_store, example, rows, proposal=proposed)
+    return _score(
+        run, name, run.posterior, weights, traces, posterior_score_store, example, proposal=proposed
+    )
 
 
 def _score(
     run: Run,
     name: str,
+    encoder: Encoder,
     weights: Phase,
     traces: Phase,
     store_of: Callable[[Phase], PartStore],
     example: Callable[[Trace, Question], Example],
-    rows: Callable[[list[tuple[Trace, np.ndarray]]], Iterable[dict]],
     *,
     proposal: bool,
     open_too: bool = False,
 ) -> Phase:
     """Score the closed traces part by part, parts spread over data-parallel ranks.
 
-    proposal: the model is the one that sampled the traces, so its log-probs must equal the engine's.
-    open_too: score open traces as well.
+    encoder: whose prompt the examples have. proposal: the model is the one that sampled the traces, so its log-probs
+    must equal the engine's. open_too: score open traces as well.
     """
     temperature = run.recipe.rollout.temperature
     config = {
         "temperature": temperature,
         "dtype": run.settings.dtype,
-        "template": asdict(run.policy.template),
+        "template": asdict(encoder.template),
     }
     with run.phase(name, config=config, inputs=[weights, traces]) as opened:
         if opened.todo:
@@ -147,6 +126,13 @@ def _score(
             parts, done = sorted(source.parts_done()), store.parts_done()
             mine = [p for p in parts if p % groups.dp == groups.dp_rank and p not in done]
             tokens, started = 0, time.perf_counter()
+            answers = "answer" in store.schema.names
+
+            def row(trace: Trace, logprobs: np.ndarray) -> dict:
+                z = len(trace.thought_ids)
+                found = {"question_id": trace.question_id, "index": trace.index, "thought": logprobs[:z]}
+                return found | {"answer": logprobs[z:]} if answers else found
+
             turns = int(largest_over_ranks(len(mine)))
             model = run.model(weights) if turns else None
             with run.progress.phase(name, len(parts), "parts", done=len(done)) as task:
@@ -164,7 +150,7 @@ def _score(
                     )
                     # One rank of each data-parallel part writes.
                     if part is not None and logprobs is not None and groups.answers:
-                        store.write_part(part, rows(list(zip(wanted, logprobs, strict=True))))
+                        store.write_part(part, (row(*pair) for pair in zip(wanted, logprobs, strict=True)))
                         tokens += sum(len(e.ids) for e in examples)
                     task.advance(min(groups.dp, len(parts) - task.done))
                 total = total_over_ranks({"tokens": tokens})["tokens"]
