@@ -63,7 +63,9 @@ def measure(replicate: Replicate) -> dict[str, Any]:
         if arm.name in replicate.claim["online"]:
             found[f"{arm.name}, online"] = _online(replicate, arm)
     # As many samples are asked for; those of a policy that forgets how to go on are shorter.
-    check_equal(found, slice_tokens=2 * spent["samples"] / replicate.claim["own_samples"])
+    online = [name for name in found if name.endswith(", online")]
+    one_trace = spent["samples"] / replicate.claim["own_samples"]
+    check_equal(found, slice_tokens=one_trace, may_break=online)
     return {
         "initial": replicate.accuracy("initial", replicate.initial()),
         "arms": found,

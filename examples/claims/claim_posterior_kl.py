@@ -60,8 +60,9 @@ def measure(replicate: Replicate) -> dict[str, Any]:
             label = f"{objective}, {arm.name}"
             arms[label] = replicate.arm(arm, Material(proposals=proposals), sampled=tokens)
     # As many samples are asked for; a thought that reverse KL leaves without an end gets no answers.
-    one_trace = sampled_tokens(proposals.traces, proposals.answers) / replicate.recipe.rollout.traces
-    check_equal(arms, slice_tokens=4 * one_trace)
+    broken = [name for name in arms if name.startswith("reverse_kl")]
+    one_trace = max(arm["sampled_tokens"] for arm in arms.values()) / (2 * replicate.recipe.rollout.traces)
+    check_equal(arms, slice_tokens=one_trace, may_break=broken)
     initial = replicate.accuracy("initial", replicate.initial())
     return {"initial": initial, "arms": arms, "looks": looks}
 

@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,11 @@ def _run(jobs: list[tuple[int, list[Path], Path]], workers: int) -> None:
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_worker) as pool:
-        for done in [pool.submit(run_seed, *job) for job in jobs]:
+        seeds = {pool.submit(run_seed, *job): job[0] for job in jobs}
+        for done in as_completed(seeds):
+            if done.exception():
+                print(f"seed {seeds[done]} failed; the seeds in flight are ended first", file=sys.stderr)
+                pool.shutdown(wait=False, cancel_futures=True)
             done.result()
 
 
