@@ -17,7 +17,8 @@ from pathlib import Path
 from types import FrameType
 
 from megavar.config.load import load_recipe
-from megavar.config.recipe import Recipe, Servers
+from megavar.config.recipe import Recipe
+from megavar.config.rollout import Servers
 from megavar.doctor.engine import serves
 from megavar.errors import UserError
 from megavar.rollout.control import EngineError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -41,6 +41,28 @@ _NEEDS_VALUE = {  # key -> the key and value that give it a meaning
     "clip_low": ("importance", "clipped"),
     "clip_high": ("importance", "clipped"),
 }
+
+
+def check_traces(arms: Iterable[Any], traces: int, posterior: Any) -> None:
+    """Raise ValueError for an objective that one trace of a question gives nothing to learn from.
+
+    arms, posterior: with the keys of `megavar.config.arm.Arm` and of `megavar.config.recipe.Posterior`.
+    """
+    for arm in arms:
+        halves = arm.objective in ("mixture", "covrl")
+        compares = arm.objective == "grpo" or (
+            arm.baseline == "mean" and arm.objective in ("reinforce", "shaped")
+        )
+        if traces < 2 and (halves or compares):
+            why = "halves them" if halves else "compares them with their mean"
+            raise ValueError(
+                f"arms.{arm.name}: {arm.objective} {why}: set rollout.traces to 2 or more, not {traces}"
+            )
+    if posterior.objective in ("trajectory_balance", "rlt") and posterior.traces < 2:
+        raise ValueError(
+            f"posterior: {posterior.objective} compares a question's traces: set posterior.traces to 2 or more, "
+            f"not {posterior.traces}"
+        )
 
 
 def check_online(arm: Any, *, staleness: int) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from megavar.config import recipe as config
+from megavar.config import rollout as config
+from megavar.config.recipe import Recipe
 from megavar.data.routes import RouteShape
 from megavar.models.architecture import read_architecture
 from megavar.rollout.engine import Engine
@@ -15,7 +16,7 @@ from megavar.rollout.roles import RoleEngines, Start
 from megavar.trainer.model import DTYPES
 
 
-def role_engines(recipe: config.Recipe, device: torch.device, logs: Path) -> RoleEngines:
+def role_engines(recipe: Recipe, device: torch.device, logs: Path) -> RoleEngines:
     """Engines of policy and posterior: one for both, which swaps, unless the posterior has servers of its own.
 
     logs: directory for those of the servers.
@@ -32,7 +33,7 @@ def role_engines(recipe: config.Recipe, device: torch.device, logs: Path) -> Rol
     return RoleEngines({"policy": policy, "posterior": posterior})
 
 
-def _local(recipe: config.Recipe, device: torch.device, weights: Path, version: str) -> Engine:
+def _local(recipe: Recipe, device: torch.device, weights: Path, version: str) -> Engine:
     from megavar.rollout.local import LocalEngine
 
     return LocalEngine(
@@ -45,7 +46,7 @@ def _local(recipe: config.Recipe, device: torch.device, weights: Path, version: 
 
 
 def _sglang(
-    recipe: config.Recipe,
+    recipe: Recipe,
     asked: config.Servers,
     device: torch.device,
     logs: Path,

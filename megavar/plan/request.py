@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megavar.config.recipe import Arm, Fit, Recipe, Servers
+from megavar.config.recipe import Arm, Fit, Recipe
+from megavar.config.rollout import Servers
 from megavar.errors import UserError
 from megavar.models.architecture import Architecture, read_architecture
 from megavar.models.parallel_layout import ParallelLayout

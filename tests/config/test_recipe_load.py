@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from megavar.config import recipe as r
 from megavar.config import schema
@@ -139,12 +140,43 @@ def test_overrides(file: Path) -> None:
         ("trainer.tp", "2", "--trainer.tp: trainer: ranks=1 is not a multiple of tp*cp*pp=2"),
         ("trainer.ranks", "1\ntp = 2", "must be a valid integer"),  # no smuggling of a second key
         ("data.train.options.day", "[2026-01-01]", "dates and times"),
+        (
+            "final.betas",
+            "[0.9, 1.0]",
+            "--final.betas: final: betas must be at least 0 and below 1, got [0.9, 1.0]",
+        ),
+        ("final.min_lr", "0.5", "--final.min_lr: final: min_lr = 0.5 is above the peak, lr = 1e-05"),
+        ("trainer.seed", "-1", "--trainer.seed: must be greater than or equal to 0"),
+        ("rollout.seed", "-1", "--rollout.seed: must be greater than or equal to 0"),
+        ("arms", "[]", "--arms: arms: there must be at least one"),
+        ("rollout.servers.urls", "['host:3000']", "'host:3000' is no URL of a server"),
+        ("rollout.servers.router_url", "http://host", "`urls`, which are missing"),
+        ("rollout.servers.devices", "[['0', '1']]", "devices must name 1 for each of 1 servers (tp, count)"),
     ],
 )
 def test_one_clear_line_for_a_bad_option(file: Path, key: str, value: str, expected: str) -> None:
     message = complaint(file, (key, value))
     assert expected in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("arm", "posterior"),
+    [
+        ({"objective": "mixture", "estimator": "gml"}, {}),
+        ({"objective": "covrl"}, {}),
+        ({"objective": "grpo"}, {}),
+        ({"objective": "reinforce", "baseline": "mean"}, {}),
+        ({}, {"objective": "trajectory_balance", "traces": 1}),
+    ],
+)
+def test_what_compares_traces_needs_several(arm: dict, posterior: dict) -> None:
+    source = {"kind": "jsonl", "path": "p"}
+    said = {"model": {"path": "m"}, "data": {"train": source, "eval": source}, "posterior": posterior}
+    said["arms"] = ({"name": "a", **arm},)
+    with pytest.raises(ValidationError, match=r"(rollout|posterior)\.traces to 2 or more"):
+        r.Recipe.model_validate(said | {"rollout": {"traces": 1}})
+    assert r.Recipe.model_validate(said | {"rollout": {"traces": 2}, "posterior": {}}).arms[0].name == "a"
 
 
 def test_every_mistake_is_listed_with_the_file_it_is_in(tmp_path: Path, file: Path) -> None:
@@ -197,6 +229,7 @@ def test_every_key_is_documented() -> None:
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+BETAS = st.floats(0, 1, exclude_max=True)
 PLAIN = st.recursive(
     st.booleans() | st.integers(-(2**63), 2**63 - 1) | FLOATS | TEXT,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
@@ -226,7 +259,7 @@ FIT = st.builds(
     lr=POSITIVE,
     epochs=POSITIVE,
     steps=st.none() | st.integers(1, 9),
-    betas=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    betas=st.tuples(BETAS, BETAS),
 )
 TEMPLATE = st.builds(r.TemplateSpec, prompt=TEXT, thought_end=TEXT, answer_start=TEXT, answer_end=TEXT)
 ARM = st.builds(
@@ -246,7 +279,7 @@ RECIPE = st.builds(
     initial=FIT,
     posterior=st.builds(r.Posterior, fit=FIT),
     final=FIT,
-    arms=st.lists(ARM, max_size=3, unique_by=lambda arm: arm.name).map(tuple),
+    arms=st.lists(ARM, min_size=1, max_size=3, unique_by=lambda arm: arm.name).map(tuple),
 )
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from megavar.config.recipe import Data, Model, QuestionSource, Recipe, Rollout, Servers, Trainer
+from megavar.config.recipe import Data, Model, QuestionSource, Recipe, Rollout, Trainer
+from megavar.config.rollout import Servers
 from megavar.doctor.check import Check, as_json, failed
 from megavar.doctor.engine import check_engine_environment, check_servers, pins
 from megavar.doctor.gpus import check_driver, check_infiniband, list_ports, parse_gpus
