@@ -47,8 +47,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--quantize",
-        choices=("fp8", "int4"),
-        help="with --hf: weights alone, by nvidia-modelopt; the model must fit in memory",
+        choices=("fp8", "modelopt-fp8", "modelopt-int4"),
+        help="with --hf: fp8 in blocks, which SGLang, vLLM and transformers read; or what nvidia-modelopt writes for "
+        "TensorRT-LLM, of a model that fits in memory",
     )
     return parser.parse_args(words)
 
@@ -59,8 +60,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--shard-gib {args.shard_gib}: must be above 0")
     if args.quantize and args.checkpoint:
         raise UserError("--quantize: the trainer reads no quantised weights; use it with --hf")
-    if args.quantize and (args.dtype or args.verify):
-        raise UserError("--quantize: leave --dtype and --verify out; modelopt chooses types and scales")
+    if args.quantize and args.verify:
+        raise UserError("--quantize: the result is another model, and cannot be equal; leave --verify out")
+    if args.quantize and args.quantize != "fp8" and args.dtype:
+        raise UserError("--quantize: modelopt chooses types; leave --dtype out")
     stored = find_stored(args.source, args.model)
     limit = int(args.shard_gib * 2**30)
     if args.checkpoint and not stored.is_hf:
@@ -68,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if args.hf and stored.is_hf and not args.quantize:
         raise UserError(f"{args.source} is a Hugging Face directory already; give --checkpoint OUT")
     quiet_libraries()
-    if args.quantize:
+    if args.quantize and args.quantize != "fp8":
         from megavar.commands.quantize import quantize
 
         quantize(stored, args.hf, args.quantize, max_file_bytes=limit)
@@ -76,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
     from megavar.commands import convert
 
     if args.hf:
-        converted = convert.to_hf(stored, args.hf, dtype=args.dtype, max_file_bytes=limit)
+        fp8 = args.quantize == "fp8"
+        converted = convert.to_hf(stored, args.hf, dtype=args.dtype, max_file_bytes=limit, fp8=fp8)
     else:
         converted = convert.to_megatron(args.source, args.checkpoint, dtype=args.dtype, max_file_bytes=limit)
     if args.verify:

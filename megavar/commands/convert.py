@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,15 +22,17 @@ import torch
 
 from megavar.commands import fingerprint
 from megavar.commands.checkpoint import COMPANIONS, WEIGHTS, write_manifest
+from megavar.commands.fp8_blocks import Blocks, check_widths, quantization_config
 from megavar.commands.ranks import check_new_directory
 from megavar.commands.stored import Stored
 from megavar.errors import UserError
 from megavar.memory import PeakMemory
-from megavar.models.architecture import Dtype, read_architecture
-from megavar.models.companions import copy_companions, set_dtype
+from megavar.models.architecture import Architecture, Dtype, read_architecture
+from megavar.models.companions import add_to_config, copy_companions, set_dtype
 from megavar.models.families import layout_table
 from megavar.models.hf_files import check_hf_directory, split_into_files, write_index
 from megavar.models.hf_stream import as_bytes, read_stored, write_safetensors
+from megavar.models.layout import LayoutTable
 from megavar.models.megatron_files import METADATA, MegatronWeights, data_files
 from megavar.models.megatron_stream import write_megatron
 from megavar.models.parts import Parts
@@ -52,40 +55,62 @@ class Converted(NamedTuple):
     peak_bytes: int
     """Memory in use at most, above that before the first tensor."""
     seconds: float
+    blocks: int = 0
+    """Of the weights written, those in fp8."""
 
 
-def to_hf(stored: Stored, out: Path, *, dtype: Dtype | None, max_file_bytes: int) -> Converted:
-    """stored: a Megatron checkpoint and its config. dtype: None keeps the stored one.
+class _Source(NamedTuple):
+    """Where tensors are read from."""
 
-    Raises UserError: bad input, before anything is written; a target that cannot be written.
+    read: Callable[[str], torch.Tensor]
+    """By Hugging Face's name, in the stored type."""
+    dtype: Callable[[], Dtype]
+    """Of all weights; see `MegatronWeights.dtype`."""
+    itemsize: int
+    state: list[Any]
+    """Changes when the weights do."""
+
+
+def to_hf(
+    stored: Stored, out: Path, *, dtype: Dtype | None, max_file_bytes: int, fp8: bool = False
+) -> Converted:
+    """stored: a Megatron checkpoint and its config; with `fp8` also a Hugging Face directory. dtype: None keeps the
+    stored one; with `fp8` it is that of what is not in blocks (`fp8_blocks`), bfloat16 where None.
+
+    Raises UserError: bad input, before anything is written; weights that are not finite; a target that cannot be
+    written.
     """
     architecture = read_architecture(stored.hf)
+    if fp8:
+        check_widths(architecture, stored.hf)
     table = layout_table(architecture)
-    weights = MegatronWeights(stored.weights, table)
-    written: Dtype = dtype or weights.dtype()
+    source = _source(stored, architecture, table)
+    written: Dtype = dtype or ("bfloat16" if fp8 else source.dtype())
     check_new_directory(out)
     partial = _partial(out)
     target = getattr(torch, written)
-    shapes = {source.name: source.shape for t in table.tensors if not t.tied_copy for source in t.sources}
-    homes = {
-        source.name: (t, number)
-        for t in table.tensors
-        if not t.tied_copy
-        for number, source in enumerate(t.sources)
+    shapes = {s.name: s.shape for t in table.tensors if not t.tied_copy for s in t.sources}
+    blocks = Blocks(table, source.read) if fp8 else None
+    tensors = {
+        name: blocks.forms(name, shape) if blocks and name in blocks.names else {name: (shape, target)}
+        for name, shape in shapes.items()
     }
-    sizes = {name: torch.Size(shape).numel() * target.itemsize for name, shape in shapes.items()}
+    sizes = {
+        name: sum(math.prod(shape) * kind.itemsize for shape, kind in own.values())
+        for name, own in tensors.items()
+    }
     files = split_into_files(sizes, max_file_bytes)
-    inputs = [stored.weights / name for name in data_files(weights.metadata)]
     identity = {
         "to": "hf",
         "dtype": written,
+        "fp8": fp8,
         "max_file_bytes": max_file_bytes,
-        "source": [_sha256(stored.weights / METADATA), *map(_state, inputs)],
+        "source": source.state,
         "config": _sha256(stored.hf / "config.json"),
     }
 
     def read(name: str) -> torch.Tensor:
-        return weights.read(*homes[name], dtype=target)
+        return blocks.read(name) if blocks and name in blocks else source.read(name).to(target)
 
     began = time.perf_counter()
     with _writing(partial):
@@ -93,15 +118,17 @@ def to_hf(stored: Stored, out: Path, *, dtype: Dtype | None, max_file_bytes: int
         kept = len(parts.kept)
         with PeakMemory() as memory:
             for file, names in files.items():
-                in_file = {name: shapes[name] for name in names}
-                parts.add(
-                    file, functools.partial(write_safetensors, shapes=in_file, dtype=written, read=read)
-                )
+                in_file = {key: form for name in names for key, form in tensors[name].items()}
+                parts.add(file, functools.partial(write_safetensors, tensors=in_file, read=read))
         copy_companions(stored.hf, partial)
         set_dtype(partial, written)
-        write_index(partial, files, sum(sizes.values()))
-    check_hf_directory(partial, architecture)
-    width = max(target.itemsize, weights.itemsize)
+        if fp8:
+            add_to_config(partial, {"quantization_config": quantization_config(architecture)})
+        places = {file: [key for name in names for key in tensors[name]] for file, names in files.items()}
+        write_index(partial, places, sum(sizes.values()))
+    if not fp8:
+        check_hf_directory(partial, architecture)
+    width = max(target.itemsize, source.itemsize)
     return Converted(
         hf=partial,
         weights=stored.weights,
@@ -109,9 +136,10 @@ def to_hf(stored: Stored, out: Path, *, dtype: Dtype | None, max_file_bytes: int
         partial=partial,
         kept=kept,
         written_bytes=sum(sizes.values()),
-        largest_bytes=max(torch.Size(shape).numel() for shape in shapes.values()) * width,
+        largest_bytes=max(math.prod(shape) for shape in shapes.values()) * width,
         peak_bytes=memory.bytes,
         seconds=time.perf_counter() - began,
+        blocks=len(blocks.names) if blocks else 0,
     )
 
 
@@ -174,9 +202,10 @@ def publish(converted: Converted, out: Path) -> None:
             write_manifest(converted.partial, tp=1, pp=1, dtype=converted.dtype)
         os.replace(converted.partial, out)
     kept = f", {converted.kept} files of an earlier start kept" if converted.kept else ""
+    kinds = f"fp8 ({converted.blocks} weights) and {converted.dtype}" if converted.blocks else converted.dtype
     mib = 2**20
     print(
-        f"{out}: {converted.written_bytes / mib:.1f} MiB in {converted.dtype}, {converted.seconds:.1f} s{kept}; peak "
+        f"{out}: {converted.written_bytes / mib:.1f} MiB in {kinds}, {converted.seconds:.1f} s{kept}; peak "
         f"memory {converted.peak_bytes / mib:.1f} MiB, {converted.peak_bytes / converted.largest_bytes:.2f} x the "
         f"largest tensor"
     )
@@ -240,6 +269,26 @@ def _state(path: Path) -> list[Any]:
     """Changes when the file is written again; weights are too large to hash before each start."""
     found = path.stat()
     return [path.name, found.st_size, found.st_mtime_ns]
+
+
+def _source(stored: Stored, architecture: Architecture, table: LayoutTable) -> _Source:
+    if stored.is_hf:
+        tensors = check_hf_directory(stored.hf, architecture).tensors
+        return _Source(
+            read=lambda name: read_stored(tensors[name]),
+            dtype=lambda: architecture.dtype,
+            itemsize=max(getattr(torch, tensor.dtype).itemsize for tensor in tensors.values()),
+            state=[_state(file) for file in sorted({tensor.file for tensor in tensors.values()})],
+        )
+    weights = MegatronWeights(stored.weights, table)
+    homes = {s.name: (t, n) for t in table.tensors if not t.tied_copy for n, s in enumerate(t.sources)}
+    files = [stored.weights / name for name in data_files(weights.metadata)]
+    return _Source(
+        read=lambda name: weights.read(*homes[name]),
+        dtype=weights.dtype,
+        itemsize=weights.itemsize,
+        state=[_sha256(stored.weights / METADATA), *map(_state, files)],
+    )
 
 
 def _partial(out: Path) -> Path:

@@ -1,4 +1,5 @@
-"""Quantised Hugging Face directories by nvidia-modelopt: weights alone, so no calibration data is needed."""
+"""nvidia-modelopt's unified checkpoints, weights alone quantised: no calibration data is needed. For TensorRT-LLM; what
+SGLang reads is written by `fp8_blocks`."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import psutil
 import torch
 
 from megavar.commands import convert
+from megavar.commands.fp8_blocks import check_widths
 from megavar.commands.ranks import check_new_directory
 from megavar.commands.stored import Stored
 from megavar.errors import UserError
@@ -19,15 +21,13 @@ from megavar.models.architecture import Architecture, read_architecture
 from megavar.models.companions import copy_companions
 from megavar.models.families import layout_table
 
-Format = Literal["fp8", "int4"]
+Format = Literal["modelopt-fp8", "modelopt-int4"]
 
 _CONFIGS: dict[Format, str] = {
-    "fp8": "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG",
-    "int4": "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
+    "modelopt-fp8": "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG",
+    "modelopt-int4": "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
 }
-"""modelopt's own: E4M3 in blocks of 128 x 128 (`fp8_pb_wo`); INT4 in groups of 128 columns (`W4A16_AWQ`)."""
-
-_BLOCK = 128
+"""modelopt's own: E4M3 in blocks of 128 x 128 (`FP8_PB_WO`); INT4 in groups of 128 columns (`W4A16_AWQ`)."""
 
 
 def quantize(stored: Stored, out: Path, kind: Format, *, max_file_bytes: int) -> None:
@@ -59,22 +59,12 @@ def _check(architecture: Architecture, hf: Path, kind: Format) -> None:
     if importlib.util.find_spec("modelopt") is None:
         raise UserError(f"--quantize {kind}: nvidia-modelopt is not installed; pip install nvidia-modelopt")
     if architecture.is_moe:
-        raise UserError(f"--quantize {kind}: {hf} is a mixture; only dense models are exported quantised")
-    a = architecture
-    widths = {
-        "hidden_size": a.hidden_size,
-        "intermediate_size": a.ffn_size,
-        "head_dim * num_attention_heads": a.head_dim * a.num_heads,
-        "head_dim * num_key_value_heads": a.head_dim * a.num_kv_heads,
-    }
-    for name, width in widths.items():
-        if width % _BLOCK:
-            raise UserError(
-                f"{hf / 'config.json'}: {name} is {width}, which blocks of {_BLOCK} do not divide; "
-                f"--quantize {kind} cannot be used for this model"
-            )
-    itemsize = getattr(torch, a.dtype).itemsize
-    shapes = layout_table(a).checkpoint.values()
+        raise UserError(
+            f"--quantize {kind}: {hf} is a mixture, of which modelopt's export is not checked; --quantize fp8 takes any"
+        )
+    check_widths(architecture, hf)
+    itemsize = getattr(torch, architecture.dtype).itemsize
+    shapes = layout_table(architecture).checkpoint.values()
     need = int(sum(torch.Size(shape).numel() for shape in shapes) * itemsize * 1.7)
     free = psutil.virtual_memory().available
     if need > free:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,5 +43,11 @@ def set_dtype(directory: Path, dtype: Dtype) -> None:
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     # transformers 4 says torch_dtype and 5 says dtype; both read the older name
     names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
-    config.update(dict.fromkeys(names, dtype))
+    add_to_config(directory, dict.fromkeys(names, dtype))
+
+
+def add_to_config(directory: Path, keys: Mapping[str, Any]) -> None:
+    """Write config.json anew with these top-level keys."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | keys
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -13,34 +13,36 @@ from typing import Any
 
 import torch
 
-from megavar.models.architecture import Dtype
 from megavar.models.hf_files import StoredTensor
 from megavar.models.parts import Stream
 
-_NAMES: dict[Dtype, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
 
 
 def write_safetensors(
     stream: Stream,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: Dtype,
+    tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
     read: Callable[[str], torch.Tensor],
 ) -> None:
-    """One file of the tensors `shapes` names, in that order; `read` gives each when its turn comes."""
-    itemsize = getattr(torch, dtype).itemsize
+    """One file of the tensors named, with their shapes and types, in that order; `read` gives each in its turn."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
-    for name, shape in shapes.items():
-        size = math.prod(shape) * itemsize
+    for name, (shape, dtype) in tensors.items():
+        size = math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     stream.write(struct.pack("<Q", len(text)))
     stream.write(text)
-    for name, shape in shapes.items():
+    for name, (shape, dtype) in tensors.items():
         tensor = read(name)
-        assert tensor.shape == shape and tensor.dtype == getattr(torch, dtype), name
+        assert tensor.shape == shape and tensor.dtype == dtype, name
         stream.write(as_bytes(tensor))
         del tensor  # before the next is read
 

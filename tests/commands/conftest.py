@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -67,3 +69,21 @@ def refused() -> Callable[[subprocess.Popen[str]], str]:
         return err
 
     return wait
+
+
+@pytest.fixture(scope="session")
+def tool() -> ModuleType:
+    """tools/convert_checkpoint.py, in this process."""
+    spec = importlib.util.spec_from_file_location("convert_checkpoint", ROOT / "tools/convert_checkpoint.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def convert(tool: ModuleType) -> Callable[..., None]:
+    def run(*words: object) -> None:
+        assert tool.run(tool.parse([str(word) for word in words])) == 0
+
+    return run

@@ -5,7 +5,6 @@ Checkpoints of every parallel layout are converted in tests/models/test_hf_round
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -16,7 +15,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -77,23 +75,6 @@ def own_environment() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", ROOT / "tools/convert_checkpoint.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def convert(tool: ModuleType) -> Callable[..., None]:
-    def run(*words: object) -> None:
-        assert tool.run(tool.parse([str(word) for word in words])) == 0
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -302,9 +283,10 @@ def test_memory_is_bounded_by_two_tensors(llama: Path, tmp_path: Path) -> None:
     parts = Parts(large, {})
     (large / "config.json").write_text(json.dumps(config))
     shapes = layout_table(read_architecture(large)).checkpoint
+    tensors = {name: (shape, torch.float32) for name, shape in shapes.items()}
     parts.add(
         "model.safetensors",
-        lambda s: write_safetensors(s, shapes, "float32", lambda name: torch.full(shapes[name], 0.5)),
+        lambda s: write_safetensors(s, tensors, lambda name: torch.full(shapes[name], 0.5)),
     )
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, str(llama), str(large), str(tmp_path / "out")],
@@ -340,9 +322,9 @@ def test_bad_input_is_one_line(
     assert "name its model's config by --model" in refused(weights, "--hf", out)
     assert "above 0" in refused(checkpoint, "--hf", out, "--shard-gib", 0)
     assert "reads no quantised weights" in refused(llama, "--checkpoint", out, "--quantize", "fp8")
-    assert "leave --dtype and --verify out" in refused(
-        checkpoint, "--hf", out, "--quantize", "fp8", "--verify"
-    )
+    assert "leave --verify out" in refused(checkpoint, "--hf", out, "--quantize", "fp8", "--verify")
+    int4 = (checkpoint, "--hf", out, "--quantize", "modelopt-int4", "--dtype", "bfloat16")
+    assert "leave --dtype out" in refused(*int4)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     for words in ((checkpoint, "--hf", tmp_path / "full"), (llama, "--checkpoint", tmp_path / "full")):
