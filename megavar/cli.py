@@ -110,6 +110,8 @@ def _run(args: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
     from megavar.runs import RunDirectory
 
     preflight.check(recipe, until=args.until)
+    if rank in (None, 0) and args.until is None:
+        preflight.check_engines(recipe)
     with RunDirectory.open(recipe, force=args.force, writer=rank in (None, 0)):
         if rank is not None:
             quiet_libraries()
@@ -198,7 +200,11 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     evaluate.add_argument("--tp", type=_positive_int, help="tensor parallelism inside a server")
     evaluate.add_argument("--size", type=_positive_int, help="take this many questions")
     evaluate.add_argument("--verifier", default="", help="for questions that name none")
-    evaluate.add_argument("--template", help="the policy's prompt template")
+    evaluate.add_argument(
+        "--template",
+        metavar="NAME|RECIPE.toml",
+        help="the policy's prompt template, by name or that of a recipe",
+    )
     evaluate.add_argument("--samples", type=_positive_int, help="completions per question")
     evaluate.add_argument("--temperature", type=_float_from_zero, help="0 is greedy")
     evaluate.add_argument("--top-p", type=_fraction, help="nucleus of sampling")

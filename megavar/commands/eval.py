@@ -72,9 +72,7 @@ def run(args: argparse.Namespace) -> int:
     if not any(args.model.glob("tokenizer*")):
         raise UserError(f"{args.model}: no tokenizer; put its files there")
     if args.suite is not None:
-        return eval_suite.run(
-            args, architecture, template_named(args.template or Templates().policy, Templates())
-        )
+        return eval_suite.run(args, architecture, policy_template(args.template, Templates()))
     if args.data_dir is not None or args.preset is not None:
         raise UserError("--data-dir and --preset are for --suite")
     plan = make_plan(args)
@@ -139,7 +137,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     rollout = recipe.rollout if recipe else Rollout()
     return Plan(
         source=source,
-        template=template_named(args.template or templates.policy, templates),
+        template=policy_template(args.template, templates),
         asked=asked.model_copy(update={name: value for name, value in given.items() if value is not None}),
         rollout=rollout,
         # As a run's own evaluation, so that the same model gives the same completions.
@@ -166,15 +164,20 @@ def _source(args: argparse.Namespace) -> QuestionSource:
     )
 
 
-def template_named(name: str, templates: Templates) -> Template:
-    """A policy's template. Raises UserError for an unknown name and for one that shows the solution."""
-    from megavar.data.templates import REGISTRY, Template
+def policy_template(asked: str | None, templates: Templates) -> Template:
+    """The template that `--template` asks for, by name or by the recipe whose policy's it is; else `templates.policy`.
 
-    known = REGISTRY | {
-        key: Template(name=key, **spec.model_dump()) for key, spec in templates.custom.items()
-    }
+    Raises UserError for an unknown name and for a template that shows the solution.
+    """
+    from megavar.data.templates import known_templates
+
+    if asked is not None and asked.endswith(".toml"):
+        templates, asked = load_recipe(asked).templates, None
+    name, known = asked or templates.policy, known_templates(templates)
     if name not in known:
-        raise UserError(f"--template {name}: no such template; {did_you_mean(name, known)}")
+        raise UserError(
+            f"--template {name}: no such template (RECIPE.toml takes a recipe's own); {did_you_mean(name, known)}"
+        )
     if "solution" in known[name].placeholders:
         raise UserError(f"--template {name} shows the solution; choose a policy's template")
     return known[name]

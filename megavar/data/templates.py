@@ -133,28 +133,36 @@ REGISTRY: dict[str, Template] = {
 }
 
 
-def resolve_templates(templates: Templates) -> tuple[Template, Template]:
-    """The (policy, posterior) templates a recipe names.
+def known_templates(templates: Templates) -> dict[str, Template]:
+    """Built-in and custom templates by name.
 
-    Raises UserError: unknown name, a custom template that hides a registered one, empty markers, a policy
-    that sees the solution, a posterior that does not, thought end markers that differ.
+    Raises UserError for a custom one that hides a built-in, has no place for the question, or no end markers.
     """
     known = dict(REGISTRY)
     for name, spec in templates.custom.items():
+        own, where = Template(name=name, **spec.model_dump()), f"templates.custom.{name}"
         if name in REGISTRY:
-            raise UserError(
-                f"templates.custom.{name}: the name is taken by a built-in template; choose another"
-            )
-        known[name] = Template(name=name, **spec.model_dump())
+            raise UserError(f"{where}: the name is taken by a built-in template; choose another")
+        if "question" not in own.placeholders:
+            raise UserError(f"{where}: the prompt has no {{question}}")
+        if not own.thought_end or not own.answer_end:
+            raise UserError(f"{where}: needs a non-empty thought_end and answer_end")
+        known[name] = own
+    return known
+
+
+def resolve_templates(templates: Templates) -> tuple[Template, Template]:
+    """The (policy, posterior) templates a recipe names.
+
+    Raises UserError: see `known_templates`; an unknown name, a policy that sees the solution, a posterior that does
+    not, thought end markers that differ.
+    """
+    known = known_templates(templates)
     chosen = {}
     for role, name in (("policy", templates.policy), ("posterior", templates.posterior)):
         if name not in known:
             raise UserError(f"templates.{role}: no template {name!r}; {did_you_mean(name, known)}")
-        template = chosen[role] = known[name]
-        if "question" not in template.placeholders:
-            raise UserError(f"templates.{role}: the prompt of {name!r} has no {{question}}")
-        if not template.thought_end or not template.answer_end:
-            raise UserError(f"templates.{role}: {name!r} needs a non-empty thought_end and answer_end")
+        chosen[role] = known[name]
     policy, posterior = chosen["policy"], chosen["posterior"]
     if "solution" in policy.placeholders:
         raise UserError(
@@ -238,8 +246,18 @@ class Encoder:
         ids = np.concatenate([self._inserted(text, "of a thought"), self.thought_end_ids])
         split = self.split(ids)
         if not split.closed or len(split.answer_ids):
-            raise UserError(f"a thought must not contain its own end marker {self.template.thought_end!r}")
+            raise UserError(
+                f"a thought must not contain its own end marker {self.template.thought_end!r}: {text[:60]!r}"
+            )
         return ids
+
+    def cuts(self, text: str) -> bool:
+        """Whether a thought of this text would end before its end marker: it spells the marker itself.
+
+        A marker that is one added token has no spelling in a text.
+        """
+        marker = self.template.thought_end
+        return not self.codec.is_added(self.thought_end_ids) and (text + marker).find(marker) < len(text)
 
     def answer_ids(self, text: str) -> np.ndarray:
         """int32 [A]: `answer_start`, the text, `answer_end`."""
@@ -277,6 +295,17 @@ class Encoder:
 
     def _inserted(self, text: str, whose: str) -> np.ndarray:
         return self.codec.encode_text(text, whose)
+
+
+def check_thoughts(encoder: Encoder, questions: Iterable[Question]) -> None:
+    """Raise one UserError if any question's own trace holds the end marker of thoughts."""
+    cut = [question.id for question in questions if encoder.cuts(question.trace or "")]
+    if cut:
+        first = ", ".join(cut[:5]) + (", ..." if len(cut) > 5 else "")
+        raise UserError(
+            f"{len(cut)} traces contain {encoder.template.thought_end!r}, with which template "
+            f"{encoder.template.name!r} ends a thought (ids {first}); take it out of them"
+        )
 
 
 def check_lengths(encoder: Encoder, questions: Iterable[Question], context_length: int) -> None:

@@ -8,13 +8,18 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from rollout_helpers import CONTEXT, END, by_key, full_logprobs, requests
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megavar.cli import main
 from megavar.data.routes import RouteShape
+from megavar.data.store import PartStore
 from megavar.errors import UserError
+from megavar.evaluate.suite import SUITE_RECORDS
 from megavar.rollout.control import EngineError
 from megavar.rollout.engine import Request, SamplingParams
 from megavar.rollout.fleet import Fleet
@@ -227,6 +232,84 @@ def test_a_refused_update_keeps_the_old_weights(fleet, engine, tiny_model, tmp_p
         engine.update_weights(tmp_path, "narrow")
     (only,) = engine.generate(requests(1, 1), SamplingParams(max_tokens=4))
     assert {span.version for span in only.weight_spans} == {"a"} and len(fleet.servers()) == 2
+
+
+SUITE_RECIPE = """
+[model]
+path = "{model}"
+[data.train]
+kind = "jsonl"
+path = "none.jsonl"
+[data.eval]
+kind = "jsonl"
+path = "none.jsonl"
+[templates]
+policy = "short"
+posterior = "short_posterior"
+[templates.custom.short]
+prompt = "{{question}} a"
+thought_end = "b"
+answer_end = "<|end|>"
+[templates.custom.short_posterior]
+prompt = "{{question}} {{solution}}"
+thought_end = "b"
+answer_end = "<|end|>"
+"""
+
+
+def test_a_suite_over_running_servers(fleet, engine, tiny_model, tmp_path, capsys):
+    """Benchmarks under a recipe's own template: every record is what the servers say to that question and seed."""
+    problems = [{"id": n, "question": f"{n} + {n} =", "answer": str(2 * n)} for n in range(5)]
+    (tmp_path / "data/amc23").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(problems), tmp_path / "data/amc23/test.parquet")
+    row = {"unique_id": "only", "problem": "1 + 1 =", "answer": "2", "solution": "1 + 1 = 2"}
+    (tmp_path / "data/math500").mkdir()
+    (tmp_path / "data/math500/test.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "recipe.toml").write_text(SUITE_RECIPE.format(model=tiny_model))
+    out = tmp_path / "out"
+    words = ["eval", tiny_model, "--suite", "amc23,math500", "--data-dir", tmp_path / "data", "--out", out]
+    words += ["--template", tmp_path / "recipe.toml", "--samples", 128, "--max-tokens", 8, "--top-p", 0.9]
+    words += [word for url in fleet.servers() for word in ("--server", url)]
+
+    def evaluate() -> list[dict]:
+        assert main([str(word) for word in words]) == 0
+        key = ("benchmark", "question_id", "index")
+        stores = [PartStore(out / name, SUITE_RECORDS, key=key) for name in ("amc23", "math500")]
+        return [row for store in stores for row in store.read_table().to_pylist()]
+
+    rows, table = evaluate(), capsys.readouterr().out
+    assert len(rows) == 5 * 128 + 128 and len({row["seed"] for row in rows}) == len(rows)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    asked = {}
+    for row in rows:
+        request = asked.setdefault(
+            (row["benchmark"], row["question_id"]), {"prompt": row["prompt"], "seeds": []}
+        )
+        assert row["prompt"] == request["prompt"] and row["index"] == len(request["seeds"])
+        request["seeds"].append(row["seed"])
+    requests = [
+        Request(
+            id="/".join(key),
+            prompt_ids=np.asarray(tokenizer.encode(one["prompt"]) + tokenizer.encode(" a"), np.int32),
+            seeds=tuple(one["seeds"]),
+        )
+        for key, one in asked.items()
+    ]
+    params = SamplingParams(temperature=0.7, top_p=0.9, max_tokens=8, stop_ids=(END,))
+    said = by_key(engine.generate(requests, params))
+    for row in rows:
+        ids = said[f"{row['benchmark']}/{row['question_id']}", row["index"]].ids
+        assert row["completion"] == tokenizer.decode(ids, skip_special_tokens=False)
+
+    parts = sorted((out / "amc23").glob("part-*.parquet"))
+    written = [part.stat().st_mtime_ns for part in parts]
+    parts[1].unlink()  # as if killed before it was there
+    assert evaluate() == rows and capsys.readouterr().out == table
+    assert [part.stat().st_mtime_ns == then for part, then in zip(parts, written, strict=True)] == [
+        True,
+        False,
+        True,
+    ]
 
 
 def test_fleet_is_shared(fleet: Fleet, engine: SGLangEngine):
