@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -11,11 +12,13 @@ from megavar.data.packing import padded_tokens
 from megavar.data.questions import load_questions, require_solutions, require_traces
 from megavar.data.records import Question
 from megavar.data.suggest import did_you_mean
-from megavar.data.templates import Encoder, check_lengths, resolve_templates
+from megavar.data.templates import Encoder, check_lengths, check_thoughts, resolve_templates
 from megavar.errors import UserError
 from megavar.models.architecture import Architecture, read_architecture
 from megavar.models.hf_files import check_hf_directory
-from megavar.objectives.registry import needs_of
+from megavar.objectives.registry import COUNTING, needs_of
+from megavar.rollout.control import HELD_BACK
+from megavar.rollout.engine_env import engine_python
 from megavar.tracking.chosen import check_trackers
 from megavar.verifiers.sandbox import say_isolation
 
@@ -39,9 +42,12 @@ def check(recipe: Recipe, *, until: str | None = None) -> None:
         raise UserError('arms: the name "initial" is the initial policy\'s own; choose another')
     if until is not None:
         _check_phase(recipe, until)
-    train, held_out = load_questions(recipe.data.train), load_questions(recipe.data.eval)
-    require_solutions(train)
-    require_traces(train)
+    with _about("data.train"):
+        train = load_questions(recipe.data.train)
+        require_solutions(train)
+        require_traces(train)
+    with _about("data.eval"):
+        held_out = load_questions(recipe.data.eval)
     if any(question.verifier == "code" for question in (*train, *held_out)):
         say_isolation()
     overlap = {q.id for q in train} & {q.id for q in held_out}
@@ -52,8 +58,28 @@ def check(recipe: Recipe, *, until: str | None = None) -> None:
     context = min(architecture.max_positions, recipe.rollout.context_length or architecture.max_positions)
     for encoder, questions in ((encoders[0], train), (encoders[1], train), (encoders[0], held_out)):
         check_lengths(encoder, questions, context)
+    with _about("data.train"):
+        check_thoughts(encoders[0], train)
     _check_responses(recipe, train, *encoders, architecture.max_positions)
+    _check_room(recipe, train, encoders[0], context)
     _check_budgets(recipe, train, *encoders, architecture.max_positions)
+
+
+def check_engines(recipe: Recipe) -> None:
+    """Of the machine that starts servers, which `check` need not run on: raises UserError without their environment."""
+    if recipe.rollout.engine == "sglang":
+        for fleet in recipe.rollout.fleets:
+            if not fleet.urls:
+                engine_python(fleet.venv)
+
+
+@contextmanager
+def _about(section: str) -> Iterator[None]:
+    """Name the recipe's section in what is said of it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{section}: {error}") from None
 
 
 def _check_phase(recipe: Recipe, until: str) -> None:
@@ -107,6 +133,27 @@ def _check_responses(
                 f"and solution ({answer}) exceed the model's context of {context}; set rollout.max_thought_tokens "
                 f"to at most {context - prompt - answer}, or leave the question out"
             )
+
+
+def _check_room(recipe: Recipe, questions: Sequence[Question], policy: Encoder, context: int) -> None:
+    """Behind the longest thought there is room for an answer, where answers are sampled."""
+    longest = recipe.rollout.max_thought_tokens
+    own = recipe.posterior
+    counted = own.objective == "forward_kl" or (
+        own.objective not in ("sft", "rlt") and own.estimator in COUNTING
+    )
+    if "answers" not in needs_of(recipe.arms) and not counted:
+        return
+    if recipe.rollout.engine == "sglang":
+        context -= HELD_BACK
+    prompt, question = max((len(policy.prompt_ids(q)), q.id) for q in questions)
+    before = prompt + len(policy.answer_start_ids)
+    if before + longest >= context:
+        raise UserError(
+            f"question {question!r}: prompt and a thought of rollout.max_thought_tokens ({longest}) leave no room for "
+            f"an answer in {context} tokens; set rollout.max_thought_tokens to at most {context - before - 1}, or "
+            "raise rollout.context_length"
+        )
 
 
 def _check_budgets(

@@ -36,8 +36,8 @@ def load_questions(source: QuestionSource) -> list[Question]:
     the source. `answer` may be a number, `payload` an object or its JSON text. A reasoning-gym question has
     its oracle answer as both answer and solution, and none of either where its dataset gives no oracle.
 
-    Raises UserError: file missing or unreadable, no rows, column missing, wrong type, empty prompt, duplicate
-    id, unknown verifier, unknown reasoning-gym dataset or option.
+    Raises UserError: file missing or unreadable, no rows or fewer than `source.size`, column missing, wrong type,
+    empty prompt, duplicate id, unknown verifier, unknown reasoning-gym dataset or option.
     """
     for field in source.columns:
         if field not in FIELDS:
@@ -58,6 +58,11 @@ def load_questions(source: QuestionSource) -> list[Question]:
         questions.append(question)
     if not questions:
         raise UserError(f"{source.path}: no questions in it")
+    if source.size is not None and len(questions) < source.size:
+        raise UserError(
+            f"{source.path}: {len(questions)} questions in it, size = {source.size} asks for more; lower it or leave "
+            "it out"
+        )
     return questions
 
 

@@ -69,7 +69,7 @@ class TokenCodec:
         A marker that is one added token is looked for by id; any other by its text. (None, True) if there is
         none.
         """
-        if self._is_added(marker_ids):
+        if self.is_added(marker_ids):
             places = np.flatnonzero(ids == marker_ids[0])
             return (int(places[0]) + 1, True) if len(places) else (None, True)
         pieces = self._pieces_of(ids)
@@ -83,14 +83,15 @@ class TokenCodec:
     def find_byte(self, ids: np.ndarray, marker_ids: np.ndarray, marker: str, begin: int) -> int | None:
         """Byte at which the first marker that starts at or after byte `begin` starts; None if there is
         none."""
-        if not self._is_added(marker_ids):
+        if not self.is_added(marker_ids):
             place = self.to_bytes(ids).find(marker.encode(), begin)
             return None if place < 0 else place
         starts = np.cumsum([0, *map(len, self._pieces_of(ids))])[:-1]
         places = starts[(ids == marker_ids[0]) & (starts >= begin)]
         return int(places[0]) if len(places) else None
 
-    def _is_added(self, marker_ids: np.ndarray) -> bool:
+    def is_added(self, marker_ids: np.ndarray) -> bool:
+        """Whether a marker is one added token, which no inserted text contains."""
         return len(marker_ids) == 1 and int(marker_ids[0]) in self._added
 
     def _normalised(self, text: str) -> bytes:

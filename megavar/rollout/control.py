@@ -10,6 +10,8 @@ from typing import Any, Literal
 import httpx
 
 PauseMode = Literal["abort", "retract", "in_place"]
+HELD_BACK = 2
+"""Positions of the model's limit that SGLang keeps to itself."""
 
 
 class EngineError(RuntimeError):
@@ -21,7 +23,7 @@ class ServerInfo:
     model_path: str
     weight_version: str
     context_length: int
-    """Longest prompt plus completion: SGLang holds back two positions of the model's limit."""
+    """Longest prompt plus completion: the model's limit less HELD_BACK."""
     vocabulary: int | None
     """Number of logits; None when the model's config.json is not readable from here."""
 
@@ -63,7 +65,7 @@ class ServerControl:
         return ServerInfo(
             model_path=model["model_path"],
             weight_version=model["weight_version"],
-            context_length=served["data"][0]["max_model_len"] - 2,
+            context_length=served["data"][0]["max_model_len"] - HELD_BACK,
             vocabulary=vocabulary,
         )
 

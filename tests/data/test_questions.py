@@ -60,6 +60,8 @@ def test_globs_and_directories_are_read_in_name_order_and_size_stops_reading(tmp
     # The third line is broken, and not reached.
     broken = jsonl(tmp_path / "broken.json", [*ROWS[:2], "{"])
     assert load_questions(broken.model_copy(update={"size": 2})) == EXPECTED[:2]
+    with pytest.raises(UserError, match=rf"{len(ROWS)} questions in it, size = 9 asks for more"):
+        load_questions(QuestionSource(kind="jsonl", path=tmp_path, size=9))
 
 
 def test_columns_are_mapped_and_defaults_fill_in(tmp_path):

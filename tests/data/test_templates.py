@@ -14,7 +14,14 @@ from tiktoken.load import load_tiktoken_bpe
 
 from megavar.config.recipe import Templates, TemplateSpec
 from megavar.data.records import Question
-from megavar.data.templates import REGISTRY, Encoder, Template, check_lengths, resolve_templates
+from megavar.data.templates import (
+    REGISTRY,
+    Encoder,
+    Template,
+    check_lengths,
+    check_thoughts,
+    resolve_templates,
+)
 from megavar.errors import UserError
 
 POLICIES = {"thought_solution": ("posterior_a", "posterior_b"), "qwen3_think": ("qwen3_think_posterior",)}
@@ -129,11 +136,19 @@ TEXT = st.text(
 @given(thought=TEXT, answer=TEXT, policy=st.sampled_from(sorted(POLICIES)))
 @example(thought="<|end_", answer="of", policy="thought_solution")
 @example(thought="<", answer="|", policy="thought_solution")
+@example(thought="so <|end_of it", answer="", policy="thought_solution")
 @example(thought="</think>", answer="<|im_end|>", policy="qwen3_think")
 @example(thought="", answer="", policy="qwen3_think")
 def test_what_is_encoded_is_split_at_the_same_place(encoders, qwen_tokenizer, thought, answer, policy):
     encoder, template = encoders[policy], REGISTRY[policy]
-    if policy == "thought_solution" and (template.thought_end in thought or template.answer_end in answer):
+    if encoder.cuts(thought):
+        with pytest.raises(UserError, match="its own end marker"):
+            encoder.thought_ids(thought)
+        asked = [Question(id=i, prompt="", answer="", trace=t) for i, t in (("a", "so"), ("b", thought))]
+        with pytest.raises(UserError, match=r"1 traces contain '<\|end_of'.*\(ids b\)"):
+            check_thoughts(encoder, asked)
+        return
+    if policy == "thought_solution" and template.answer_end in answer:
         return
     normal = qwen_tokenizer.backend_tokenizer.normalizer.normalize_str
     z, a = encoder.thought_ids(thought), encoder.answer_ids(answer)

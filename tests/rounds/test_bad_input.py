@@ -106,6 +106,26 @@ def nothing(inputs: Path) -> None: ...
         (nothing, ["--rollout.max_thought_tokens", "120"], ["set rollout.max_thought_tokens to at most"]),
         (
             nothing,
+            ["--rollout.max_thought_tokens", "40", "--rollout.context_length", "60"],
+            ["leave no room for an answer in 60 tokens", "set rollout.max_thought_tokens to at most"],
+        ),
+        (
+            nothing,
+            ["--data.train.size", "49"],
+            ["data.train: ", "48 questions in it, size = 49 asks for more"],
+        ),
+        (
+            nothing,
+            ["--data.eval.name", "chain_sums"],
+            ["data.eval: reasoning_gym has no dataset", "did you mean 'chain_sum'?"],
+        ),
+        (
+            nothing,
+            ["--rollout.engine", "sglang", "--rollout.servers.venv", "/nowhere"],
+            ["no engine environment at /nowhere; build it with `make engine-env`"],
+        ),
+        (
+            nothing,
             ["--trainer.tokens_per_micro_batch", "40", "--rollout.max_thought_tokens", "30"],
             ["trainer.tokens_per_micro_batch is 40: a trace of question", "set it to at least"],
         ),
