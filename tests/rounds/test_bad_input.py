@@ -106,8 +106,8 @@ def nothing(inputs: Path) -> None: ...
         (nothing, ["--rollout.max_thought_tokens", "120"], ["set rollout.max_thought_tokens to at most"]),
         (
             nothing,
-            ["--rollout.max_thought_tokens", "40", "--rollout.context_length", "60"],
-            ["leave no room for an answer in 60 tokens", "set rollout.max_thought_tokens to at most"],
+            ["--rollout.max_thought_tokens", "40", "--rollout.context_length", "50"],
+            ["leave no room for an answer in 50 tokens", "set rollout.max_thought_tokens to at most"],
         ),
         (
             nothing,
