@@ -38,7 +38,7 @@ from megavar.phases.walk import Walk
 from megavar.phases.weighing import forward_kl_training_set
 from megavar.policy_rounds import policy_rounds
 from megavar.report.show import PLAIN_WIDTH, arms_table
-from megavar.runs import Phase
+from megavar.runs import TABLE, Phase
 from megavar.trainer.fit import num_steps
 
 
@@ -51,7 +51,7 @@ def main(path: Path, *, until: str | None = None) -> None:
         results = []
     if results and run.groups.is_main:
         rows = [row(run, result) for result in results]
-        table, text = path / "table.json", json.dumps({"rows": rows}, indent=1) + "\n"
+        table, text = path / TABLE, json.dumps({"rows": rows}, indent=1) + "\n"
         if not table.exists() or table.read_text() != text:
             write_atomically(table, text)
         Console(file=sys.stdout, width=PLAIN_WIDTH).print(arms_table(table))

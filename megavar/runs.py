@@ -2,6 +2,7 @@
 
     <run>/recipe.toml              the resolved recipe
     <run>/metrics.jsonl            see megavar.metrics
+    <run>/table.json               the arms, when all are evaluated; gone when a phase of them is redone for a change
     <run>/<phase>/phase.json       written when the phase starts: hash of its config and inputs
     <run>/<phase>/manifest.json    written last, atomically: the phase is finished
     <run>/<phase>.stale-N          a phase whose config or inputs have changed since, moved aside
@@ -33,6 +34,7 @@ from megavar.config.recipe import Recipe
 from megavar.errors import UserError
 from megavar.files import FileLock, write_atomically
 
+TABLE = "table.json"
 SCHEMA = 2
 """Version of what phases store; raised when an older finished phase can no longer be read."""
 PATIENCE_SECONDS = 1800.0
@@ -195,6 +197,7 @@ class RunDirectory:
         while (stale := path.with_name(f"{path.name}.stale-{number}")).exists():
             number += 1
         path.rename(stale)
+        (self.path / TABLE).unlink(missing_ok=True)
         was = stale.relative_to(self.path)
         print(f"{path.relative_to(self.path)}: config or inputs changed; kept as {was}", file=sys.stderr)
 

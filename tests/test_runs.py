@@ -19,7 +19,7 @@ from megavar import files, progress
 from megavar.config import recipe as r
 from megavar.errors import UserError
 from megavar.metrics import Metrics, read_metrics
-from megavar.runs import Phase, RunDirectory, phase_status
+from megavar.runs import TABLE, Phase, RunDirectory, phase_status
 
 
 def recipe(out: Path, **changed: object) -> r.Recipe:
@@ -58,9 +58,10 @@ def test_a_phase_is_run_once_and_a_change_redoes_it_and_what_follows(
     assert manifest["versions"].keys() == {"megavar", "torch", "transformers", "megatron-core"}
 
     log.clear()
+    (out / TABLE).write_text("{}")
     play(out, {"lr": 1}, log)
     play(out, {"lr": 1, "checkpoint_every": 7}, log)  # changes no result
-    assert log == []
+    assert log == [] and (out / TABLE).exists()
 
     capsys.readouterr()
     play(out, {"lr": 2}, log)
@@ -70,6 +71,7 @@ def test_a_phase_is_run_once_and_a_change_redoes_it_and_what_follows(
         "b: config or inputs changed; kept as b.stale-1",
         "c/x: config or inputs changed; kept as c/x.stale-1",
     ]
+    assert not (out / TABLE).exists(), "it was of the other b"
     assert (out / "b.stale-1/part-0").exists() and (out / "c/x.stale-1/manifest.json").exists()
     play(out, {"lr": 3}, log)
     assert (out / "b.stale-2").is_dir()

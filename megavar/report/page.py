@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,8 +16,9 @@ from megavar.files import write_atomically
 from megavar.progress import duration
 from megavar.report import charts, svg
 from megavar.report.memory import MemoryRow
-from megavar.report.show import cell
+from megavar.report.show import arms_rows, cell
 from megavar.report.stored import StoredPhase, StoredRun
+from megavar.runs import TABLE
 
 INTERVAL = "95% interval"
 
@@ -159,20 +159,19 @@ def _times(run: StoredRun) -> dict[str, str]:
 
 def _arms(run: StoredRun) -> dict[str, Any]:
     """Rows of the table of arms; of an unfinished run what its evaluations say so far."""
-    table = run.path / "table.json"
+    table = run.path / TABLE
+    rows: Sequence[Mapping[str, Any]] = [
+        {
+            "arm": phase.name.removesuffix("/verdicts").removeprefix("eval/"),
+            "accuracy": round(phase.metrics["eval/correct"], 4),
+            "answers": phase.counts.get("answers", ""),
+        }
+        for phase in run.done("/verdicts")
+        if "eval/correct" in phase.metrics
+    ]
+    columns = ["arm", "accuracy", "answers"] if rows else []
     if table.exists():
-        rows = json.loads(table.read_text(encoding="utf-8"))["rows"]
-    else:
-        rows = [
-            {
-                "arm": phase.name.removesuffix("/verdicts").removeprefix("eval/"),
-                "accuracy": round(phase.metrics["eval/correct"], 4),
-                "answers": phase.counts.get("answers", ""),
-            }
-            for phase in run.done("/verdicts")
-            if "eval/correct" in phase.metrics
-        ]
-    columns = list(dict.fromkeys(column for row in rows for column in row))
+        rows, columns = arms_rows(table)
     numeric = {
         c
         for c in columns

@@ -13,7 +13,7 @@ from rich.table import Table
 from megavar.config.load import load_recipe
 from megavar.errors import UserError
 from megavar.progress import duration
-from megavar.runs import RunDirectory, phase_status
+from megavar.runs import TABLE, RunDirectory, phase_status
 
 PLAIN_WIDTH = 160
 """Columns of the tables where there is no terminal to fit them to."""
@@ -30,8 +30,8 @@ def show(path: Path, console: Console | None = None) -> int:
     run = RunDirectory(path, recipe, writer=False, lock=None)
     console.print(f"{recipe.name}: {path}", markup=False, highlight=False)
     console.print(phase_table(run))
-    if (path / "table.json").is_file():
-        console.print(arms_table(path / "table.json"))
+    if (path / TABLE).is_file():
+        console.print(arms_table(path / TABLE))
     return 0
 
 
@@ -50,16 +50,21 @@ def phase_table(run: RunDirectory) -> Table:
     return table
 
 
-def arms_table(path: Path) -> Table:
-    """The comparison that a finished run stores: `{"rows": [{column: value, ...}, ...]}`.
+def arms_rows(path: Path) -> tuple[Sequence[Mapping[str, Any]], list[str]]:
+    """Rows and columns of the comparison that a finished run stores: `{"rows": [{column: value, ...}, ...]}`.
 
     Raises UserError where the file is something else.
     """
     try:
         rows: Sequence[Mapping[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        columns = list(dict.fromkeys(column for row in rows for column in row))
+        return rows, list(dict.fromkeys(column for row in rows for column in row))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a table of arms ({error}); run again to rewrite it") from None
+
+
+def arms_table(path: Path) -> Table:
+    """See `arms_rows`."""
+    rows, columns = arms_rows(path)
     table = Table(title="arms", title_justify="left", box=None, pad_edge=False)
     for column in columns:
         numeric = all(isinstance(row.get(column), (int, float)) for row in rows)

@@ -87,7 +87,7 @@ def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     assert any(HOSTILE in text for text in page.texts["li"])
 
 
-def test_unfinished_runs_say_what_is_missing(tmp_path: Path) -> None:
+def test_unfinished_runs_say_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "early", until="initial/fit")
     assert report(run) == 0
     page = Page(run / "report.html")
@@ -102,6 +102,10 @@ def test_unfinished_runs_say_what_is_missing(tmp_path: Path) -> None:
     assert "So far" in page.texts["caption"][0]
     assert page.texts["th"][page.texts["th"].index("initial") :][:2] == ["initial", "acc"]
     assert any("arms/gml/fit" in text and "eval/gml/verdicts" in text for text in page.texts["p"])
+
+    (run / "table.json").write_text("[]")
+    assert report(run) == 2
+    assert "table.json: not a table of arms" in capsys.readouterr().err
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
