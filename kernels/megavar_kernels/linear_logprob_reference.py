@@ -15,6 +15,8 @@ from torch import Tensor
 from .vocab_parallel import empty_statistics
 from .workspace import CPU_COLS, CPU_TOKENS
 
+_TINY_SUM = 1e-20
+
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -30,11 +32,17 @@ class Kept(NamedTuple):
 
 
 def statistics(
-    hidden: Tensor, weight: Tensor, target: Tensor, inv_temperature: float, keep_bytes: int
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    inv_temperature: float,
+    keep_bytes: int,
+    entropy: bool = True,
 ) -> tuple[Tensor, list[Kept]]:
     """Shard statistics `[4, T]` (see vocab_parallel) and the exponentials of the first chunks, up to keep_bytes.
 
-    hidden `[T, H]`, weight `[V, H]`, target `[T]` row of `weight` or -1 where another shard owns it.
+    hidden `[T, H]`, weight `[V, H]`, target `[T]` row of `weight` or -1 where another shard owns it. entropy: False
+    leaves out what only the entropy needs, the third row.
     """
     dtype = _compute_dtype(hidden)
     stats = empty_statistics(hidden.shape[0], hidden.new_empty((), dtype=dtype))
@@ -50,10 +58,11 @@ def statistics(
         chunk = x.new_empty((x.shape[0], table.shape[0])) if keep_bytes >= 0 else None
         part = stats[:, rows]
         tops = []
-        for cols in blocks:
-            z = torch.mm(x, table[cols].t(), out=blocks.first(x.shape[0], cols))
-            e = blocks.second(x.shape[0], cols) if chunk is None else chunk[:, cols]
-            tops.append(_add_block(z, e, part))
+        if chunk is not None or entropy or not _add_unshifted(x, table, blocks, part):
+            for cols in blocks:
+                z = torch.mm(x, table[cols].t(), out=blocks.first(x.shape[0], cols))
+                e = blocks.second(x.shape[0], cols) if chunk is None else chunk[:, cols]
+                tops.append(_add_block(z, e, part, entropy))
         if chunk is not None:
             kept.append(Kept(chunk, torch.stack(tops)))
         own_logit = (x * table[target[rows].clamp(min=0).long()]).sum(1)
@@ -137,7 +146,22 @@ class _Blocks:
         return self._buffers[index][: tokens * width].view(tokens, width)
 
 
-def _add_block(z: Tensor, e: Tensor, stats: Tensor) -> Tensor:
+def _add_unshifted(x: Tensor, table: Tensor, blocks: _Blocks, stats: Tensor) -> bool:
+    """Sum up exp(z) as they are, two passes less over each block. False, and nothing added, where a token's logits
+    are too large or too small for that.
+
+    Relative precision does not depend on the sum's size, and what underflows is below 1e-38 of at least `_TINY_SUM`.
+    """
+    total = torch.zeros_like(stats[1])
+    for cols in blocks:
+        total += torch.mm(x, table[cols].t(), out=blocks.first(x.shape[0], cols)).exp_().sum(1)
+    if not bool(((total > _TINY_SUM) & total.isfinite()).all()):
+        return False
+    stats[0], stats[1] = 0.0, total
+    return True
+
+
+def _add_block(z: Tensor, e: Tensor, stats: Tensor, entropy: bool) -> Tensor:
     """Merge a block of logits `z` `[n, B]`, which are lost, into the first three of `stats` `[4, n]`.
 
     e: of z's shape, becomes exp(z - top). Returns top, `[n]`.
@@ -148,7 +172,8 @@ def _add_block(z: Tensor, e: Tensor, stats: Tensor) -> Tensor:
     shift = m - top
     scale = shift.exp()
     total = e.sum(1)
-    u.copy_(scale * (u + s * shift) + z.mul_(e).sum(1))
+    if entropy:
+        u.copy_(scale * (u + s * shift) + z.mul_(e).sum(1))
     s.copy_(scale * s + total)
     m.copy_(top)
     return top

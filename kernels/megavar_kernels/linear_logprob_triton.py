@@ -75,11 +75,16 @@ def uses_fused(hidden: Tensor) -> bool:
 
 @on_device_of_first
 def statistics(
-    hidden: Tensor, weight: Tensor, target: Tensor, inv_temperature: float, keep_bytes: int
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    inv_temperature: float,
+    keep_bytes: int,
+    entropy: bool = True,
 ) -> tuple[Tensor, Kept | None]:
     """Shard statistics `[4, T]` fp32 and the exponentials of as many tokens as fit into keep_bytes.
 
-    Arguments as in linear_logprob_reference.statistics.
+    Arguments as in linear_logprob_reference.statistics; the kernels sum up what entropy needs at no cost.
     """
     tokens, rows = hidden.shape[0], weight.shape[0]
     stats = empty_statistics(tokens, hidden.new_empty((), dtype=torch.float32))

@@ -21,9 +21,9 @@ DLOGITS_BYTES = 128 << 20
 FUSED_TOKENS = 4096
 # Columns per set of the fused kernels' statistics: half a tile.
 FUSED_STATISTICS_COLS = 128
-# Block of logits on the CPU: two of 128 x 2048 in fp32 are 2 MiB, what a core's own cache holds.
-CPU_TOKENS = 128
-CPU_COLS = 2048
+# Block of logits on the CPU: two of 256 x 1024 in fp32 are 2 MiB, what a core's own cache holds.
+CPU_TOKENS = 256
+CPU_COLS = 1024
 # What keep="auto" holds on the CPU: a fixed size, for other processes make its free memory vary from call to call.
 CPU_AUTO_KEEP_BYTES = 1 << 28
 # Vectors over the tokens (masks, indices, targets, statistics and their merge), bytes per token.

@@ -57,6 +57,33 @@ def test_outputs_match_fp64(tokens, width, rows, padding, temperature, dtype, in
         for got, want in zip(actual, expected, strict=True):
             assert got.dtype == torch.float32 and got.shape == (tokens,)
             torch.testing.assert_close(got.double(), want, atol=2e-6, rtol=1e-6)
+    alone, nothing = linear_logprob(hidden, weight, target, entropy=False, **options)
+    torch.testing.assert_close(alone.double(), expected[0], atol=2e-6, rtol=1e-6)
+    assert nothing.shape == (tokens,) and not nothing.any()
+
+
+@pytest.mark.parametrize("keep", ["none", 300 * 131 * 4])
+def test_without_entropy_the_gradients_are_the_same(keep):
+    hidden, weight, target, g_lp, _ = problem(600, 24, 131)
+    with_it, without = (
+        backward(hidden, weight, target, g_lp, None, keep=keep, entropy=entropy) for entropy in (True, False)
+    )
+    for got, want in zip(without, with_it, strict=True):
+        if want is not with_it[1]:
+            torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
+    leaf = hidden.clone().requires_grad_()
+    assert not linear_logprob(leaf, weight, target, entropy=False)[1].requires_grad
+
+
+@pytest.mark.parametrize("offset", [-300.0, -80.0, -50.0, 0.0, 50.0, 87.0, 300.0])
+def test_logits_far_from_zero_without_entropy(offset):
+    """Beyond what fp32 exponentials hold, for some tokens or all, and where the log of their sum is far from 0."""
+    hidden, weight, target, _, _ = problem(40, 16, 70)
+    weight[:, 0], hidden[:, 0] = 1.0, offset
+    hidden[:20, 0] = 0.0
+    expected, _ = logprob_and_entropy(hidden, weight, target)
+    got, _ = linear_logprob(hidden, weight, target, entropy=False)
+    torch.testing.assert_close(got.double(), expected, atol=1e-6 * max(abs(offset), 2), rtol=1e-6)
 
 
 @pytest.mark.parametrize("keep", ["auto", "none", 300 * 131 * 4, 1 << 40])
