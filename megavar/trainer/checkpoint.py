@@ -7,7 +7,9 @@
 Stored is what no layout changes: by the names of the weights their values, float32 copies and Adam's two moments, and
 the number of steps. Not stored is what follows from the recipe and the step: the learning rate, the order of the data
 and the random streams (see `megavar.trainer.fit`), and the optimizer's parameter groups. Of these Megatron keeps one
-list per optimizer, and it makes a second optimizer for experts only where they are split over ranks.
+list per optimizer, and it makes a second optimizer for experts only where they are split over ranks. Nor is the extra
+state of modules, so that a fit goes on with or without transformer-engine; the history of FP8's delayed scaling, the
+only extra state that says anything, begins anew.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megavar.errors import UserError
 from megavar.files import write_atomically
+from megavar.models.sharded import load_parameters, sharded_parameters
 from megavar.trainer.model import Model
 from megavar.trainer.optimizer import Training
 
@@ -88,7 +91,7 @@ class Checkpoints:
             _sharded_state(model, training, loading=True), str(_directory_of(self._directory, step))
         )
         for index, chunk in enumerate(model.chunks):
-            chunk.load_state_dict(state["model"][index])
+            load_parameters(chunk, state["model"][index])
         for index, optimizer in enumerate(_optimizers(training)):
             own = optimizer.state_dict()
             for group in own["optimizer"]["param_groups"]:
@@ -265,7 +268,7 @@ def _sharded_state(model: Model, training: Training, *, loading: bool) -> dict[s
         "distrib_optim_fully_reshardable_mem_efficient": True,
         "singleton_local_shards": False,
     }
-    weights = {index: chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(model.chunks)}
+    weights = {index: sharded_parameters(chunk, metadata) for index, chunk in enumerate(model.chunks)}
     moments = {
         f"moments {index}": optimizer.sharded_param_state_fully_reshardable(weights, loading, metadata)
         for index, optimizer in enumerate(_optimizers(training))

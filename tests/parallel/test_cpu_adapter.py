@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megavar.parallel import cpu
+from megavar.parallel import adam, cpu
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the adapter does nothing where CUDA is there"
@@ -60,7 +60,7 @@ def test_distributed_optimizer_takes_the_fused_adam_path() -> None:
     import megatron.core.optimizer as optimizer
     from megatron.core.optimizer import distrib_optimizer
 
-    assert optimizer.Adam is cpu.FusedAdam and not optimizer.USING_PYTORCH_OPTIMIZER
+    assert optimizer.Adam is adam.FusedAdam and not optimizer.USING_PYTORCH_OPTIMIZER
     source = inspect.getsource(distrib_optimizer)
     for name in ("HAVE_APEX_OR_TE", "USING_APEX_OPTIMIZER"):
         assert source.count(name) > 1, f"distrib_optimizer no longer reads {name}"
@@ -153,7 +153,7 @@ def test_adam_equals_torchs_adamw(weight_decay: float) -> None:
     start = torch.randn(7, dtype=torch.float64)
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
     settings = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay)
-    optimizers = cpu.FusedAdam([ours], **settings), torch.optim.AdamW([theirs], **settings)
+    optimizers = adam.FusedAdam([ours], **settings), torch.optim.AdamW([theirs], **settings)
     for _ in range(20):
         gradient = torch.randn(7, dtype=torch.float64)
         for p, optimizer in zip((ours, theirs), optimizers, strict=True):

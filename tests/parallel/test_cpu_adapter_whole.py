@@ -1,4 +1,4 @@
-"""That every thing which `megavar.parallel.cpu` patches has a canary, and the canaries that look at upstream alone."""
+"""That every thing which `megavar.parallel` patches has a canary, and the canaries that look at upstream alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megavar.parallel import cpu
+from megavar.parallel import adam, cpu
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the adapter does nothing where CUDA is there"
@@ -64,7 +64,7 @@ UPSTREAM = {
 def patched() -> set[str]:
     """Every attribute of another module or class that the adapter's source assigns."""
     found = set()
-    for node in ast.walk(ast.parse(inspect.getsource(cpu))):
+    for node in (n for file in (cpu, adam) for n in ast.walk(ast.parse(inspect.getsource(file)))):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr":
             found.add(f"setattr({ast.unparse(node.args[0])}, {ast.unparse(node.args[1])})")
         for target in node.targets if isinstance(node, ast.Assign) else ():

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from te_stubs import te_layer_spec
 
 from megavar import preemption
 from megavar.config.recipe import Fit
 from megavar.data.training_set import TrainingSet
 from megavar.errors import UserError
+from megavar.models import build
 from megavar.models.parallel_layout import ParallelLayout
 from megavar.parallel import groups as groups_module
 from megavar.parallel.groups import Groups
@@ -31,6 +33,7 @@ DENSE = {
     "pp2 dp2": dict(pp=2),
     "pp2 vpp2 dp2": dict(pp=2, vpp=2),
     "cp2 tp2": dict(cp=2, tp=2),
+    "dp4 te": dict(),
 }
 DENSE_MOVES = (
     ("tp2 dp2", "tp2 dp2"),
@@ -40,9 +43,25 @@ DENSE_MOVES = (
     ("pp2 dp2", "pp2 vpp2 dp2"),
     ("pp2 vpp2 dp2", "cp2 tp2"),
     ("cp2 tp2", "tp2 pp2"),
+    ("tp2 dp2", "dp4 te"),
+    ("dp4 te", "pp2 dp2"),
 )
-MIXTURE = {"dp4": dict(), "ep2": dict(ep=2), "ep4": dict(ep=4), "ep2 pp2": dict(ep=2, pp=2)}
-MIXTURE_MOVES = (("ep2", "ep2"), ("ep2", "dp4"), ("dp4", "ep2"), ("ep4", "ep2 pp2"))
+MIXTURE = {
+    "dp4": dict(),
+    "ep2": dict(ep=2),
+    "ep4": dict(ep=4),
+    "ep2 pp2": dict(ep=2, pp=2),
+    "dp4 te": dict(),
+}
+MIXTURE_MOVES = (
+    ("ep2", "ep2"),
+    ("ep2", "dp4"),
+    ("dp4", "ep2"),
+    ("ep4", "ep2 pp2"),
+    ("ep2", "dp4 te"),
+    ("dp4 te", "ep2"),
+)
+OUR_LAYERS = build._layer_spec
 FIT = Fit(questions_per_step=3, steps=STEPS, lr=3e-3, checkpoint_every=0, warmup=0.25, weight_decay=0.1)
 
 
@@ -103,19 +122,27 @@ def worst(value: float) -> float:
 
 
 def moves(job: Job, layouts: dict[str, dict], wanted: tuple[tuple[str, str], ...]) -> dict[str, dict]:
-    """Relative errors of losses and weights of a fit that moved, against one that was in its new place all along."""
+    """Relative errors of losses and weights of a fit that moved, against one that was in its new place all along.
+
+    " te" in a name: layers as Megatron puts them together where transformer-engine is installed; others are ours.
+    """
     whole, stopped = {}, {}
+
+    def fit(name: str, checkpoints: Path, stop_at: int | None = None) -> Model:
+        build._layer_spec = te_layer_spec if name.endswith(" te") else OUR_LAYERS
+        return job.fit(layouts[name], checkpoints, stop_at=stop_at)
+
     for name in dict.fromkeys(name for move in wanted for name in move):
         if name in {target for _, target in wanted}:
-            model = job.fit(layouts[name], job.work / "none")
+            model = fit(name, job.work / "none")
             whole[name] = (job.losses, parameters(model))
         if name in {source for source, _ in wanted}:
             stopped[name] = job.work / name.replace(" ", "-")
-            job.fit(layouts[name], stopped[name], stop_at=STOP)
+            fit(name, stopped[name], STOP)
     errors = {}
     for source, target in wanted:
         losses, weights = whole[target]
-        model = job.fit(layouts[target], stopped[source])
+        model = fit(target, stopped[source])
         assert len(job.losses) == STEPS - STOP
         loss = max(abs(a - b) / abs(b) for a, b in zip(job.losses, losses[STOP:], strict=True))
         got = parameters(model)
@@ -124,6 +151,7 @@ def moves(job: Job, layouts: dict[str, dict], wanted: tuple[tuple[str, str], ...
         errors[f"{source} -> {target}"] = {
             "loss": worst(loss), "weights": worst(weight), "bitwise": worst(not equal) == 0
         }  # fmt: skip
+    build._layer_spec = OUR_LAYERS
     return errors
 
 

@@ -64,8 +64,11 @@ def test_unchanged_layouts_go_on_bitwise(report: dict, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["dense", "mixture"])
 def test_other_layouts_go_on_to_the_losses_and_weights_of_their_own(report: dict, kind: str) -> None:
-    """Optimizer state included: Adam's moments weigh more in these few steps than anywhere later."""
-    assert len(report[kind]) >= 4
+    """Optimizer state included: Adam's moments weigh more in these few steps than anywhere later.
+
+    Layouts with "te" are of the layers that Megatron's transformer-engine spec puts together, of stubs.
+    """
+    assert len(report[kind]) >= 4 and sum(" te" in move for move in report[kind]) == 2
     for move, errors in report[kind].items():
         assert errors["loss"] < 1e-5 and errors["weights"] < 1e-4, (move, errors)
 
