@@ -13,29 +13,37 @@ from megavar.data.questions import load_questions, require_solutions, require_tr
 from megavar.data.records import Question
 from megavar.data.suggest import did_you_mean
 from megavar.data.templates import Encoder, check_lengths, check_thoughts, resolve_templates
+from megavar.doctor.gpus import list_gpus
 from megavar.errors import UserError
 from megavar.models.architecture import Architecture, read_architecture
 from megavar.models.hf_files import check_hf_directory
 from megavar.objectives.registry import COUNTING, needs_of
-from megavar.rollout.control import HELD_BACK
+from megavar.rollout.control import HELD_BACK, NO_EXPERTS, EngineError, ServerControl
 from megavar.rollout.engine_env import engine_python
 from megavar.tracking.chosen import check_trackers
 from megavar.verifiers.sandbox import say_isolation
 
+_FIRST = 64
+"""Traces that are counted at least; of these the longest is named."""
+_DENSER = 1.5
+"""How many more tokens per byte a shorter text may have than any seen so far."""
 
-def check(recipe: Recipe, *, until: str | None = None) -> None:
+
+def check(recipe: Recipe, *, until: str | None = None, here: bool = True) -> None:
     """Raises UserError naming the first thing that cannot work: model files, layout, questions, prompts, lengths.
 
-    until: the phase to stop after.
+    until: the phase to stop after. here: False where other machines run it, whose GPUs and packages nobody knows.
     """
     check_trackers(recipe)
     architecture = read_architecture(recipe.model.path)
     architecture.check_layout(recipe.trainer.layout)
     architecture.check_training(recipe.trainer.layout, sequence_parallel=recipe.trainer.sequence_parallel)
+    _check_switches(recipe, architecture, here=here)
     if recipe.rollout.replay_experts and not architecture.is_moe:
         raise UserError(
             f"rollout.replay_experts: a {architecture.family} model has no experts; set it to false"
         )
+    _check_servers(recipe)
     check_hf_directory(recipe.model.path, architecture)
     policy, posterior = resolve_templates(recipe.templates)
     if any(arm.name == "initial" for arm in recipe.arms):
@@ -63,6 +71,53 @@ def check(recipe: Recipe, *, until: str | None = None) -> None:
     _check_responses(recipe, train, *encoders, architecture.max_positions)
     _check_room(recipe, train, encoders[0], context)
     _check_budgets(recipe, train, *encoders, architecture.max_positions)
+    _check_traces(recipe, train, *encoders)
+
+
+def _check_switches(recipe: Recipe, architecture: Architecture, *, here: bool) -> None:
+    """Of `trainer.megatron`: Megatron-Core takes them, and FP8 can run on this machine."""
+    trainer = recipe.trainer
+    if not trainer.megatron:
+        return
+    import torch  # seconds of imports, which only these switches need
+
+    from megavar.models.build import Site, transformer_config
+    from megavar.models.stack import transformer_engine_version
+    from megavar.models.switches import check_fp8, check_machine, check_switches
+
+    check_switches(trainer.megatron)
+    check_fp8(trainer.megatron, architecture, trainer.layout, dtype=recipe.model.dtype)
+    if not here:
+        return
+    check_machine(
+        trainer.megatron,
+        transformer_engine=transformer_engine_version(),
+        capabilities=lambda: [gpu.compute_capability for gpu in list_gpus()],
+    )
+    device = torch.device("cuda" if torch.cuda.device_count() else "cpu")
+    transformer_config(
+        architecture,
+        Site(trainer.layout, device),
+        dtype=getattr(torch, recipe.model.dtype),
+        sequence_parallel=trainer.sequence_parallel,
+        recompute=trainer.recompute,
+        switches=trainer.megatron,
+    )
+
+
+def _check_servers(recipe: Recipe) -> None:
+    """Servers that run already return experts where they are asked for; others may be started until they sample."""
+    if not recipe.rollout.replay_experts:
+        return
+    for url in (url for fleet in recipe.rollout.fleets for url in fleet.urls):
+        control = ServerControl(url)
+        try:
+            if control.answers() and not control.returns_experts():
+                raise UserError(f"rollout.replay_experts: {url} returns no experts: {NO_EXPERTS}")
+        except EngineError as error:
+            raise UserError(f"rollout.replay_experts: {error}") from None
+        finally:
+            control.close()
 
 
 def check_engines(recipe: Recipe) -> None:
@@ -159,8 +214,7 @@ def _check_room(recipe: Recipe, questions: Sequence[Question], policy: Encoder, 
 def _check_budgets(
     recipe: Recipe, questions: Sequence[Question], policy: Encoder, posterior: Encoder, context: int
 ) -> None:
-    """A budget that the recipe names holds the longest trace that may be sampled; others choose themselves. The data
-    set's own traces, which take minutes to tokenize, are looked at when a fit packs them."""
+    """A budget that the recipe names holds the longest trace that may be sampled; others choose themselves."""
     trainer, rollout = recipe.trainer, recipe.rollout
     names = ("tokens_per_micro_batch", "scoring_tokens_per_micro_batch")
     asked = {name: value for name in names if (value := getattr(trainer, name)) is not None}
@@ -182,3 +236,38 @@ def _check_budgets(
                 f"trainer.{name} is {budget}: a trace of question {question!r} may have {longest} tokens; set it to at "
                 f"least {least}, leave it out, or lower rollout.max_thought_tokens"
             )
+
+
+def _check_traces(recipe: Recipe, questions: Sequence[Question], policy: Encoder, posterior: Encoder) -> None:
+    """Likewise the data set's own traces, which fits learn: longest text first, until what is left is short enough.
+
+    Short enough is what fits at `_DENSER` times the tokens per byte of any text before it; a stranger one is found when
+    a fit packs it.
+    """
+    trainer = recipe.trainer
+    budget = trainer.tokens_per_micro_batch
+    if budget is None or not trainer.packing:
+        return
+    with_posterior = recipe.posterior.objective != "forward_kl"
+
+    def size(q: Question) -> int:
+        return len(f"{q.prompt}{q.trace}{q.solution}".encode())
+
+    def tokens(q: Question) -> int:
+        thought = len(policy.thought_ids(q.trace or ""))
+        example = len(policy.prompt_ids(q)) + thought + len(policy.answer_ids(q.solution))
+        return max(example, len(posterior.prompt_ids(q)) + thought if with_posterior else 0)
+
+    longest, whose, densest = 0, "", 0.0
+    for seen, q in enumerate(sorted(questions, key=size, reverse=True)):
+        if seen >= _FIRST and (longest > budget or _DENSER * densest * size(q) <= budget):
+            break
+        found = tokens(q)
+        densest = max(densest, found / max(size(q), 1))
+        longest, whose = max((longest, whose), (found, q.id))
+    least = padded_tokens(longest, trainer.cp)
+    if budget < least:
+        raise UserError(
+            f"trainer.tokens_per_micro_batch is {budget}: the data set's trace of question {whose!r} has {longest} "
+            f"tokens with its prompt and solution; set it to at least {least}, or leave it out"
+        )

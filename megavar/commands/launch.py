@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from megavar import preflight
 
     for recipe in recipes:
-        preflight.check(recipe)
+        preflight.check(recipe, here=False)
     _write(job, script, recipes)
     done = subprocess.run(
         [sbatch, "--parsable", str(job.directory / "job.sbatch")], capture_output=True, text=True, check=False

@@ -122,6 +122,9 @@ class Trainer(Section):
     """Activation recomputation, as in Megatron-Core."""
     expert_balance: float = Field(default=0.0, ge=0)
     """Coefficient of the auxiliary loss that spreads tokens evenly over the experts of a mixture."""
+    megatron: dict[str, Any] = Field(default_factory=dict)
+    """Megatron-Core's own switches, fields of its TransformerConfig, for example FP8: {fp8 = "hybrid", fp8_recipe =
+    "tensorwise", first_last_layers_bf16 = true}. See docs/plan.md."""
     threads: int = Field(default=1, ge=1)
     """CPU threads of each rank."""
     seed: int = Field(default=1234, ge=0)

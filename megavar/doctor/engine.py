@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megavar.doctor.check import Check, Status
 from megavar.errors import UserError
-from megavar.rollout.control import EngineError, ServerControl
+from megavar.rollout.control import NO_EXPERTS, EngineError, ServerControl
 from megavar.rollout.engine_env import REQUIREMENTS, engine_python
 
 _POLL_SECONDS = 2.0
@@ -79,16 +79,19 @@ def serves(url: str) -> bool:
     return _state(url)[1] == ""
 
 
-def check_servers(urls: Sequence[str]) -> list[Check]:
-    """Servers that the recipe names by URL: does each answer, and generate a token?"""
+def check_servers(urls: Sequence[str], *, experts: bool = False) -> list[Check]:
+    """Servers that the recipe names by URL: does each answer, and generate a token?
+
+    experts: the recipe wants to be told which experts tokens went to (`rollout.replay_experts`).
+    """
     checks = []
     for url in urls:
-        found, fix = _state(url)
+        found, fix = _state(url, experts=experts)
         checks.append(Check(group="engine", name=url, status="fail" if fix else "ok", found=found, fix=fix))
     return checks
 
 
-def _state(url: str) -> tuple[str, str]:
+def _state(url: str, *, experts: bool = False) -> tuple[str, str]:
     """What a server does, and what to do about it; the latter is empty where it serves."""
     control = ServerControl(url)
     try:
@@ -96,6 +99,8 @@ def _state(url: str) -> tuple[str, str]:
             return "no answer", "start it, or take its URL out of the recipe"
         if not control.healthy(timeout_s=60.0):
             return "answers, but generates no token", "see its log; restart it"
+        if experts and not control.returns_experts():
+            return "serves, but returns no experts", NO_EXPERTS
         return f"serves weights {control.weight_version()!r}", ""
     except EngineError as error:
         return f"went away: {error}", "see its log; restart it"

@@ -28,6 +28,11 @@ class Gpu:
     mig: bool
     """Split into instances; the device itself takes no work then."""
 
+    @property
+    def compute_capability(self) -> tuple[int, int]:
+        major, minor = self.capability.split(".")
+        return int(major), int(minor)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Port:

@@ -30,7 +30,8 @@ def check_recipe(recipe: Recipe, *, nodes: int, gpus: int, gpu_bytes: int) -> li
             checks.append(check_memory(recipe, gpu_bytes))
     checks.append(check_engine_environment(servers.venv, needed=here, gpus=gpus > 0))
     if recipe.rollout.engine == "sglang":
-        checks += check_servers([url for fleet in recipe.rollout.fleets for url in fleet.urls])
+        urls = [url for fleet in recipe.rollout.fleets for url in fleet.urls]
+        checks += check_servers(urls, experts=recipe.rollout.replay_experts)
     return checks
 
 

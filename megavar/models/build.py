@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,26 +19,39 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megavar.errors import UserError
 from megavar.models.architecture import Architecture
 from megavar.models.modules import PackedAttention, RMSNorm, SwiGLU
+from megavar.models.parallel_layout import ParallelLayout
 from megavar.models.replay import enable_replay
 from megavar.models.stack import has_transformer_engine
+from megavar.models.switches import build_config
 from megavar.parallel.groups import Groups
+
+
+class Site(NamedTuple):
+    """Where a model is going to be; `Groups` are when there are ranks."""
+
+    layout: ParallelLayout
+    device: torch.device
 
 
 def transformer_config(
     architecture: Architecture,
-    groups: Groups,
+    groups: Groups | Site,
     *,
     dtype: torch.dtype,
     sequence_parallel: bool = False,
     recompute: str = "none",
     balance_coefficient: float = 0.0,
+    switches: Mapping[str, Any] | None = None,
 ) -> TransformerConfig:
     """Megatron's description of the decoder. Every fusion that needs a GPU is on exactly where there is one.
 
     balance_coefficient: of the auxiliary loss that spreads tokens evenly over experts (Switch Transformer,
-    arXiv 2101.03961, Eq. 4), averaged over micro-batches; the few tokens of padding count too.
+    arXiv 2101.03961, Eq. 4), averaged over micro-batches; the few tokens of padding count too. switches: Megatron's
+    own, as a recipe sets them.
+
+    Raises UserError: switches that cannot be set, or that contradict.
     """
-    cuda = groups.device.type == "cuda"
+    layout, cuda = groups.layout, groups.device.type == "cuda"
     recomputations: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective"},
@@ -56,7 +70,8 @@ def transformer_config(
             moe_aux_loss_coeff=balance_coefficient,
             moe_grouped_gemm=cuda and has_transformer_engine(),
         )
-    return TransformerConfig(
+    return build_config(
+        switches or {},
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         num_attention_heads=architecture.num_heads,
@@ -75,12 +90,12 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        tensor_model_parallel_size=groups.tp,
-        pipeline_model_parallel_size=groups.pp,
-        virtual_pipeline_model_parallel_size=groups.layout.vpp if groups.layout.vpp > 1 else None,
-        context_parallel_size=groups.cp,
-        expert_model_parallel_size=groups.layout.ep,
-        expert_tensor_parallel_size=groups.layout.etp,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
         sequence_parallel=sequence_parallel,
         # Packed micro-batches differ in length; stages tell each other the shape.
         variable_seq_lengths=True,
@@ -88,8 +103,8 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",
         # Interleaved, two stages are each other's predecessor and successor: sent in one batch, activations and
         # gradients of different lengths would meet the wrong receiver.
-        overlap_p2p_comm=groups.layout.vpp > 1,
-        batch_p2p_comm=groups.layout.vpp == 1,
+        overlap_p2p_comm=layout.vpp > 1,
+        batch_p2p_comm=layout.vpp == 1,
         # Weights are always loaded; initialising them first would be wasted time and memory.
         perform_initialization=False,
         use_cpu_initialization=not cuda,
@@ -153,6 +168,9 @@ def _layer_spec(config: TransformerConfig, chunk: int | None) -> ModuleSpec | Tr
     )
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    if config.num_moe_experts:
+        # Stored under the name that transformer-engine's layers give it, which fuse no norm into a mixture.
+        del parts.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention = parts.self_attention.submodules
     attention.core_attention = PackedAttention
     if config.qk_layernorm:

@@ -86,6 +86,7 @@ def fit_phase(
         "dtype": run.settings.dtype,
         "model": run.base,
         **({"expert_balance": trainer.expert_balance} if trainer.expert_balance else {}),
+        **({"megatron": trainer.megatron} if trainer.megatron else {}),
         **({"stretch": dataclasses.asdict(stretch)} if stretch else {}),
     }
     with run.phase(name, config=config, inputs=[data, *([start] if start else [])]) as opened:

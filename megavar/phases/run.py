@@ -84,7 +84,8 @@ class Run:
         policy, posterior = (Encoder(t, tokenizer) for t in resolve_templates(recipe.templates))
         base = [digest_model(recipe.model.path, path / ".model.json") if writer else ""]
         dist.broadcast_object_list(base)
-        stack = describe_stack(groups.device, mixture=read_architecture(recipe.model.path).is_moe)
+        mixture = read_architecture(recipe.model.path).is_moe
+        stack = describe_stack(groups.device, mixture=mixture, switches=trainer.megatron)
         if groups.is_main:
             print(f"stack: {stack}", file=sys.stderr)
         return cls(
@@ -97,6 +98,7 @@ class Run:
                 packing=trainer.packing,
                 recompute=trainer.recompute,
                 expert_balance=trainer.expert_balance,
+                switches=trainer.megatron,
             ),
             metrics=Metrics(
                 path / "metrics.jsonl",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 
@@ -118,6 +119,7 @@ def _score(
         "temperature": temperature,
         "dtype": run.settings.dtype,
         "template": asdict(encoder.template),
+        **({"megatron": run.settings.switches} if run.settings.switches else {}),
     }
     with run.phase(name, config=config, inputs=[weights, traces]) as opened:
         if opened.todo:
@@ -125,7 +127,7 @@ def _score(
             questions = {q.id: q for q in run.train}
             parts, done = sorted(source.parts_done()), store.parts_done()
             mine = [p for p in parts if p % groups.dp == groups.dp_rank and p not in done]
-            tokens, started = 0, time.perf_counter()
+            tokens, started, counted = 0, time.perf_counter(), Counter[str]()
             answers = "answer" in store.schema.names
 
             def row(trace: Trace, logprobs: np.ndarray) -> dict:
@@ -147,6 +149,7 @@ def _score(
                         examples,
                         temperature=temperature,
                         tokens_per_micro_batch=run.recipe.trainer.scoring_budget,
+                        counted=counted if run.recipe.rollout.replay_experts else None,
                     )
                     # One rank of each data-parallel part writes.
                     if part is not None and logprobs is not None and groups.answers:
@@ -156,6 +159,9 @@ def _score(
                 total = total_over_ranks({"tokens": tokens})["tokens"]
                 task.advance(len(parts) - task.done)
             opened.metrics["perf/scored_tokens_per_second"] = total / (time.perf_counter() - started)
+            if run.recipe.rollout.replay_experts and turns:
+                sums = total_over_ranks({name: counted[name] for name in ("scored", "replayed")})
+                opened.metrics["rollout/replayed_share"] = sums["replayed"] / max(sums["scored"], 1)
             # All parts, those of an earlier, killed process too.
             shared = [p for p in parts if p % groups.world == groups.rank]
             if proposal:

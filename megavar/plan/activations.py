@@ -27,6 +27,8 @@ class Operators:
     """Bytes of an activation: 2 in bfloat16, 4 in float32."""
     sequence_parallel: bool = False
     recompute: Recompute = "none"
+    fp8: bool = False
+    """Linear layers multiply in FP8; their weights stay as they are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -51,6 +51,12 @@ class StageMemory:
         return sum(getattr(self, name) for name in stays) + max(self.logprob, self.layer)
 
 
+def weight_bytes(parameters: Parameters, operators: Operators) -> int:
+    """With FP8 the two copies that transformer-engine keeps of a projection from micro-batch to micro-batch, for the
+    product with its input and for that with the gradient of its output."""
+    return operators.item * parameters.total + (2 * parameters.linear if operators.fp8 else 0)
+
+
 def optimizer_bytes(parameters: Parameters, layout: ParallelLayout, item: int) -> int:
     """Adam's two float32 moments, and float32 weights beside bfloat16 ones, as Megatron-Core's distributed
     optimizer shares them out."""
@@ -96,7 +102,7 @@ def training_memory(
             at_work += _output_weight(architecture, layout) * operators.item
         stages.append(
             StageMemory(
-                weights=operators.item * parameters.total,
+                weights=weight_bytes(parameters, operators),
                 gradients=4 * parameters.total,
                 optimizer=optimizer_bytes(parameters, layout, operators.item),
                 activations=kept,
@@ -126,7 +132,7 @@ def scoring_memory(
         logprob = head if stage == layout.pp - 1 else 0
         stages.append(
             StageMemory(
-                weights=operators.item * parameters.total,
+                weights=weight_bytes(parameters, operators),
                 logprob=logprob,
                 layer=layer,
                 engine=engine,

@@ -22,6 +22,8 @@ class Parameters:
     """Their gradients and optimizer state are shared out over the dp * cp ranks that hold the same ones."""
     expert: int = 0
     """Likewise over the edp ranks."""
+    linear: int = 0
+    """Of both, those of the layers' linear projections."""
 
     @property
     def total(self) -> int:
@@ -40,6 +42,7 @@ def stage_parameters(architecture: Architecture, layout: ParallelLayout) -> tupl
             + (count.final_norm if stage == layout.pp - 1 else 0)
             + (count.output if stage == layout.pp - 1 and not tied_to_embedding else 0),
             expert=layers * count.experts // layout.ep,
+            linear=layers * count.projections + layers * count.experts // layout.ep,
         )
         for stage in range(layout.pp)
     )
@@ -48,6 +51,8 @@ def stage_parameters(architecture: Architecture, layout: ParallelLayout) -> tupl
 class _Counts(NamedTuple):
     embedding: int
     layer: int
+    projections: int
+    """Of the layer without its experts."""
     experts: int
     """All of a layer."""
     final_norm: int
@@ -65,6 +70,10 @@ def _counts(architecture: Architecture, tp: int, etp: int) -> _Counts:
     return _Counts(
         embedding=total(tp, lambda t: t.stage == "embedding"),
         layer=total(tp, lambda t: t.stage == "layer" and t.expert is None),
+        projections=total(
+            tp,
+            lambda t: t.stage == "layer" and t.expert is None and not t.copies and len(t.full_shape(1)) > 1,
+        ),
         experts=total(etp, lambda t: t.expert is not None),
         final_norm=total(tp, lambda t: t.stage == "final" and t.copies),
         output=total(tp, lambda t: t.stage == "final" and not t.copies),

@@ -127,6 +127,7 @@ def request_of(
             item=ITEM[recipe.model.dtype],
             sequence_parallel=trainer.sequence_parallel,
             recompute=trainer.recompute,
+            fp8=bool(trainer.megatron.get("fp8")),
         ),
         packing=trainer.packing,
         tokens_per_micro_batch=trainer.training_budget,

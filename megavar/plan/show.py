@@ -118,10 +118,11 @@ def _heading(request: Request) -> list[str]:
     total, active = model_parameters(a)
     of_them = f", {active / 1e9:.2f}B active" if active != total else ""
     sharded = ", sequence parallel" if o.sequence_parallel else ""
+    dtype = ("bfloat16" if o.item == 2 else "float32") + (" (projections in FP8)" if o.fp8 else "")
     return [
         f"{a.family}: {total / 1e9:.2f}B parameters{of_them}, {a.num_layers} layers, hidden {a.hidden_size}, "
         f"vocabulary {a.vocab_size}",
-        f"{'bfloat16' if o.item == 2 else 'float32'}, recompute {o.recompute}{sharded}; operators: {o.stack}; "
+        f"{dtype}, recompute {o.recompute}{sharded}; operators: {o.stack}; "
         f"GPUs of {_gib(request.gpu_bytes)} GiB",
         f"micro-batches of at most {request.training_tokens} tokens in training, {request.scoring_tokens} in scoring",
     ]
@@ -190,6 +191,8 @@ def _assumptions(request: Request) -> list[str]:
         "activations for fragmentation",
         f"  engines {share} while the trainer works",
     ]
+    if request.operators.fp8:
+        lines.insert(-1, "  FP8: activations and times are counted as in bfloat16")
     if any(
         engine.shares_gpus and engine.kind == "sglang" and not (engine.kv_tokens or engine.memory_fraction)
         for engine in request.engines

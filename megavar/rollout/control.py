@@ -14,6 +14,9 @@ HELD_BACK = 2
 """Positions of the model's limit that SGLang keeps to itself."""
 
 
+NO_EXPERTS = "start it with --enable-return-routed-experts, or set rollout.replay_experts = false"
+
+
 class EngineError(RuntimeError):
     """A server failed, refused a call, or did not answer; the message names the server and what it said."""
 
@@ -68,6 +71,10 @@ class ServerControl:
             context_length=served["data"][0]["max_model_len"] - HELD_BACK,
             vocabulary=vocabulary,
         )
+
+    def returns_experts(self) -> bool:
+        """Whether it was started to say which experts its tokens went to."""
+        return bool(self._call("GET", "/server_info").get("enable_return_routed_experts"))
 
     def weight_version(self) -> str:
         return self._call("GET", "/model_info")["weight_version"]

@@ -10,7 +10,7 @@ import numpy as np
 
 from megavar.data.records import VersionSpan
 from megavar.data.routes import Routes, RouteShape
-from megavar.rollout.control import EngineError
+from megavar.rollout.control import NO_EXPERTS, EngineError
 
 
 @dataclass(slots=True)
@@ -54,10 +54,7 @@ class Partial:
         if found is None and answer["meta_info"]["finish_reason"]["type"] == "abort":
             return  # from the server's queue: the next call tells of these tokens
         if found is None:
-            raise EngineError(
-                "the server returns no experts: start it with --enable-return-routed-experts, or set "
-                "rollout.replay_experts = false"
-            )
+            raise EngineError(f"the server returns no experts: {NO_EXPERTS}")
         if len(found) != wanted:
             raise EngineError(f"experts of {len(found)} tokens came where {wanted} were computed")
         self.routes.append(found)

@@ -39,6 +39,13 @@ class MicroBatch:
     responses: tuple[slice, ...]
     """Where each example's response predictions lie among the T."""
 
+    @property
+    def replayed(self) -> Tensor:
+        """int64 []: of this rank's predictions, those whose token goes to recorded experts."""
+        if self.experts is None:
+            return torch.zeros((), dtype=torch.int64, device=self.targets.device)
+        return ((self.targets != IGNORE) & (self.experts[:, 0, 0] != UNRECORDED)).sum()
+
 
 def padded_length(example: Example, cp: int) -> int:
     """Tokens that an example takes in a micro-batch."""

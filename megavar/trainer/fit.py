@@ -96,10 +96,11 @@ def fit_model(
         for step in range(resumed.step, last):
             started = time.perf_counter()
             _seed_streams(model, seed, step)
+            batch = list(global_batch(training_set, step, fit.questions_per_step, seed))
             metrics = backward_global_batch(
                 model,
                 training,
-                list(global_batch(training_set, step, fit.questions_per_step, seed)),
+                batch,
                 questions=fit.questions_per_step,
                 normaliser=training_set.normaliser,
                 tokens_per_micro_batch=tokens_per_micro_batch,
@@ -114,6 +115,8 @@ def fit_model(
             training.schedule.step(increment=1)
             _, grad_norm, _ = training.optimizer.step()
             seconds = time.perf_counter() - started
+            replayed = metrics.replayed_tokens / max(metrics.response_tokens, 1)
+            recorded = any(example.experts is not None for example in batch)
             report(
                 step + 1,
                 steps,
@@ -123,6 +126,7 @@ def fit_model(
                     "train/grad_norm": float(grad_norm or 0.0),
                     "train/lr": training.optimizer.param_groups[0]["lr"],
                     "train/response_tokens": metrics.response_tokens,
+                    **({"train/replayed_share": replayed} if recorded else {}),
                     "perf/step_seconds": seconds,
                     "perf/tokens_per_second": metrics.tokens / seconds,
                 },

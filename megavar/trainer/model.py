@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from megavar.models.architecture import Architecture, read_architecture
 from megavar.models.build import build_model, transformer_config
 from megavar.models.hf_import import load_hf_weights
 from megavar.models.replay import replay
+from megavar.models.switches import token_multiple
 from megavar.parallel.groups import Groups
 from megavar.trainer.batch import MicroBatch, build_micro_batch
 
@@ -35,6 +36,8 @@ class Settings:
     recompute: str = "none"
     expert_balance: float = 0.0
     """Coefficient of the loss that balances experts; see `transformer_config`."""
+    switches: Mapping[str, Any] = field(default_factory=dict)
+    """Megatron-Core's own; see `megavar.models.switches`."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,12 +62,19 @@ class Model:
         """The interleaved schedule works off its micro-batches in groups of as many as there are stages."""
         return self.groups.pp if len(self.chunks) > 1 else 1
 
+    @property
+    def token_multiple(self) -> int:
+        """Of a rank's tokens in a micro-batch: what sequence parallelism splits, what FP8's matrix products take."""
+        return token_multiple(self.settings.switches) * (
+            self.groups.tp if self.settings.sequence_parallel else 1
+        )
+
     def micro_batch(self, examples: Sequence[Example]) -> MicroBatch:
         """This rank's part of a micro-batch of these examples."""
         return build_micro_batch(
             examples,
             self.groups.device,
-            multiple_of=self.groups.tp if self.settings.sequence_parallel else 1,
+            multiple_of=self.token_multiple,
             packing=self.settings.packing,
             cp=self.groups.cp,
             cp_rank=self.groups.cp_rank,
@@ -85,6 +95,7 @@ def load_model(hf_directory: Path, groups: Groups, settings: Settings) -> Model:
         sequence_parallel=settings.sequence_parallel,
         recompute=settings.recompute,
         balance_coefficient=settings.expert_balance,
+        switches=settings.switches,
     )
     chunks = build_model(architecture, config, groups)
     load_hf_weights(chunks, architecture, hf_directory)
@@ -121,6 +132,7 @@ def forward(model: Model, chunk: torch.nn.Module, batch: MicroBatch, temperature
             vocab_size=model.architecture.vocab_size,
             group=mpu.get_tensor_model_parallel_group() if model.groups.tp > 1 else None,
             sequence_parallel=model.settings.sequence_parallel,
+            entropy=False,
         )[0]
 
     return chunk(batch.tokens, batch.positions, None, packed_seq_params=batch.rows, output_processor=logprobs)

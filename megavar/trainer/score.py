@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -13,19 +14,26 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megavar.data.packing import plan_micro_batches
 from megavar.data.training_set import Example
-from megavar.trainer.batch import MicroBatch, padded_length
+from megavar.trainer.batch import IGNORE, MicroBatch, padded_length
 from megavar.trainer.model import Model, forward
 
 
 @torch.no_grad()
 def score(
-    model: Model, examples: Sequence[Example], *, temperature: float, tokens_per_micro_batch: int
+    model: Model,
+    examples: Sequence[Example],
+    *,
+    temperature: float,
+    tokens_per_micro_batch: int,
+    counted: Counter[str] | None = None,
 ) -> list[np.ndarray] | None:
     """log p of every response token of every example, float32 [response_length] each, at `temperature`.
 
     Called by all ranks of a data-parallel part with the same examples; different parts bring their own. With
     `model.lockstep` every rank of the job calls it, with no examples if need be. The answer is on the last pipeline
     stage, None elsewhere. An example of more than `tokens_per_micro_batch` tokens gets a micro-batch of its own.
+
+    counted: summed over ranks, "scored" tokens and of these "replayed" ones, whose expert routes were recorded.
     """
     if not examples and not model.lockstep:
         return [] if model.groups.is_last_stage else None
@@ -49,6 +57,8 @@ def score(
         return forward(model, chunk, batch, temperature), partial(keep, batch, indices)
 
     def keep(batch: MicroBatch, indices: list[int], logprobs: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        if counted is not None and model.groups.tp_rank == 0:
+            counted.update(scored=int((batch.targets != IGNORE).sum()), replayed=int(batch.replayed))
         whole = logprobs.float()
         if batch.rows is not None and batch.rows.split is not None:
             whole = batch.rows.split.gather(whole, mpu.get_context_parallel_group())

@@ -25,6 +25,8 @@ class StepMetrics:
     mean_nll: float
     """Unweighted mean -log p of the response tokens, nats."""
     response_tokens: int
+    replayed_tokens: int
+    """Of these, predicted after a token that went to the experts that its sampling recorded."""
     tokens: int
     micro_batches: int
     """Per data-parallel rank."""
@@ -55,7 +57,7 @@ def backward_global_batch(
         cost=partial(forward_flops, model.architecture),
         multiple_of=model.micro_batch_multiple,
     )[groups.dp_rank]
-    sums = torch.zeros(4, dtype=torch.float64, device=groups.device)
+    sums = torch.zeros(5, dtype=torch.float64, device=groups.device)
     # Megatron averages over micro-batches and over data-parallel ranks; the loss is a sum over both.
     undo_means = len(plan) * groups.dp
 
@@ -69,7 +71,8 @@ def backward_global_batch(
         value = -(batch.weights * logprobs).sum() / (normaliser * questions)
         if groups.tp_rank == 0:
             # Ignored tokens have log-prob 0.
-            seen = (value, -logprobs.double().sum(), (batch.targets != IGNORE).sum(), batch.tokens.numel())
+            counts = ((batch.targets != IGNORE).sum(), batch.replayed, batch.tokens.numel())
+            seen = (value, -logprobs.double().sum(), *counts)
             sums.add_(torch.stack([torch.as_tensor(x, device=sums.device).detach().double() for x in seen]))
         # The schedule scales what it is given in place, hence a tensor of its own.
         return value * undo_means, {}
@@ -90,11 +93,12 @@ def backward_global_batch(
     )
     # Of the last stages, tensor-parallel rank 0 has counted the tokens of its context part.
     dist.all_reduce(sums)
-    total, nll, targets, tokens = sums.tolist()
+    total, nll, targets, replayed, tokens = sums.tolist()
     return StepMetrics(
         loss=total,
         mean_nll=nll / max(targets, 1),
         response_tokens=int(targets),
+        replayed_tokens=int(replayed),
         tokens=int(tokens),
         micro_batches=len(plan),
     )

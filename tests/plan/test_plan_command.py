@@ -133,6 +133,28 @@ def test_servers_on_the_trainers_gpus_and_the_engine_in_process_are_counted(reci
     assert report["memory"]["sampling in process"][0]["engine"] > 2 * 4_022_468_096
 
 
+@pytest.mark.parametrize(
+    ("name", "split", "projections"),
+    [
+        # 36 layers of hidden 2560: q and o of 32 heads of 128, k and v of 8, three of 9728; over tp 2
+        ("Qwen3-4B", ("tp", 2), 36 * 2560 * (2 * 4096 + 2 * 1024 + 3 * 9728) // 2),
+        # 48 layers of hidden 2048: attention whole, 128 experts of three projections of 768 over ep 8; not the router
+        ("Qwen3-30B-A3B", ("ep", 8), 48 * 2048 * (2 * 4096 + 2 * 512 + 128 // 8 * 3 * 768)),
+    ],
+)
+def test_fp8_keeps_two_more_bytes_of_each_projection(
+    recipe, capsys, name: str, split: tuple[str, int], projections: int
+) -> None:
+    words = ["plan", recipe(name), "--json", "--gpus", "8", f"--trainer.{split[0]}", str(split[1])]
+    main(words)
+    plain = json.loads(capsys.readouterr().out)["memory"]
+    main([*words, "--trainer.megatron.fp8", "hybrid"])
+    fp8 = json.loads(capsys.readouterr().out)["memory"]
+    for kind in ("training", "scoring"):
+        assert fp8[kind][0]["weights"] - plain[kind][0]["weights"] == 2 * projections
+        assert fp8[kind][0]["activations"] == plain[kind][0]["activations"]
+
+
 def test_drawing_places_every_rank() -> None:
     lines = draw(request_for("Qwen3-8B", tp=2, pp=2, vpp=3))
     assert lines[1].split("  ")[1:4] == ["node 0: pp0 dp0 tp0", "pp0 dp0 tp1", "pp0 dp1 tp0"]

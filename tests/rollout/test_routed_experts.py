@@ -17,6 +17,7 @@ from megavar.data.records import Trace
 from megavar.data.routes import Routes, RouteShape
 from megavar.data.traces import TraceStore
 from megavar.data.training_set import Example, write_training_set
+from megavar.doctor.engine import check_servers
 from megavar.rollout.engine import SamplingParams
 from megavar.rollout.fleet import Fleet
 from megavar.rollout.process import ServerSpec
@@ -64,6 +65,7 @@ def top_experts(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
 
 def test_experts_equal_transformers(engine: SGLangEngine, models) -> None:
     """Of the prompt too, where the prefix cache has computed it for another seed; a stop text cuts them."""
+    assert [check.status for check in check_servers(engine._servers.servers(), experts=True)] == ["ok"]
     asked = requests(6, 4)
     for stop in ((), ("ab", "é")):
         params = SamplingParams(max_tokens=30, stop=stop, return_experts=True)

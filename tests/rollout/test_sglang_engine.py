@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megavar.cli import main
 from megavar.data.routes import RouteShape
 from megavar.data.store import PartStore
+from megavar.doctor.engine import check_servers
 from megavar.errors import UserError
 from megavar.evaluate.suite import SUITE_RECORDS
 from megavar.rollout.control import EngineError
@@ -310,6 +311,13 @@ def test_a_suite_over_running_servers(fleet, engine, tiny_model, tmp_path, capsy
         False,
         True,
     ]
+
+
+def test_servers_that_return_no_experts_are_told_before_a_run(fleet: Fleet) -> None:
+    for wanted in (False, True):
+        checks = check_servers(fleet.servers(), experts=wanted)
+        assert [check.status for check in checks] == ["fail" if wanted else "ok"] * 2
+    assert all("--enable-return-routed-experts" in check.fix for check in checks)
 
 
 def test_fleet_is_shared(fleet: Fleet, engine: SGLangEngine):

@@ -135,6 +135,23 @@ def nothing(inputs: Path) -> None: ...
             ["trainer.scoring_tokens_per_micro_batch is 40: a trace of question", "leave it out, or lower"],
         ),
         (
+            lambda inputs: edit_questions(
+                inputs, lambda qs: [*qs[:3], {**qs[3], "trace": "9" * 60}, *qs[4:]]
+            ),
+            ["--trainer.tokens_per_micro_batch", "70", "--rollout.max_thought_tokens", "10"],
+            ["trainer.tokens_per_micro_batch is 70: the data set's trace of question 'chain_sum/0/3' has"],
+        ),
+        (
+            nothing,
+            ["--trainer.megatron.fp8_recipie", "delayed"],
+            ["trainer.megatron.fp8_recipie: no field of Megatron-Core", "did you mean 'fp8_recipe'?"],
+        ),
+        (
+            nothing,
+            ["--trainer.megatron.fp8", "hybrid"],
+            ['trainer.megatron.fp8 needs model.dtype = "bfloat16"'],
+        ),
+        (
             nothing,
             ["--rollout.engine", "sglang", "--rollout.replay_experts", "true"],
             ["rollout.replay_experts: a qwen3 model has no experts; set it to false"],

@@ -6,6 +6,7 @@ relative error of each layout.
 
 import json
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,16 @@ def check(root: Path, name: str, groups: Groups, settings: Settings, share: floa
     budget = int(share * sum(len(e.ids) for e in examples)) or training_set.longest() // 2
     model = load_model(root / "models" / name.split()[0], groups, settings)
     mine = range(groups.dp_rank, len(examples), groups.dp)
-    scored = score(model, [examples[i] for i in mine], temperature=TEMPERATURE, tokens_per_micro_batch=budget)
+    counted = Counter[str]()
+    scored = score(
+        model,
+        [examples[i] for i in mine],
+        temperature=TEMPERATURE,
+        tokens_per_micro_batch=budget,
+        counted=counted,
+    )
+    counts = torch.tensor([counted["scored"], counted["replayed"]])
+    dist.all_reduce(counts)
     assert (scored is None) == (not groups.is_last_stage)
     scores = score_error(scored, [reference["scores"][i] for i in mine]) if scored else 0.0
     training = prepare_training(model, Fit(steps=1), steps=1)
@@ -162,7 +172,11 @@ def check(root: Path, name: str, groups: Groups, settings: Settings, share: floa
         normaliser=training_set.normaliser,
         tokens_per_micro_batch=budget,
     )
-    assert metrics.response_tokens == sum(e.response_length for e in examples)
+    tokens = sum(e.response_length for e in examples)
+    recorded = [(e.response_start, np.asarray(e.experts)) for e in examples if e.experts is not None]
+    replayed = sum(int((experts[start - 1 :, 0, 0] >= 0).sum()) for start, experts in recorded)
+    assert (replayed > 0) == ("replayed" in name)
+    assert (metrics.response_tokens, metrics.replayed_tokens) == (tokens, replayed) == tuple(counts.tolist())
     gradient, where = gradient_error(model, load_model(root / "references" / name, groups, settings))
     # Also the norm that clips: each parameter counted once, wherever and however often it is held.
     _, norm, _ = training.optimizer.step()
