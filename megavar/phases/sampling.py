@@ -164,6 +164,7 @@ def _whole_parts(
     spills: dict[int, RouteSpill] = {}
     asked: dict[int, list[Request]] = {}
     found: dict[int, list[Completion]] = {}
+    left: dict[int, int] = {}  # completions that a part still waits for
     part_of: dict[str, int] = {}
     empty: list[int] = []
 
@@ -174,6 +175,7 @@ def _whole_parts(
                 empty.append(part)
                 continue
             asked[part], found[part] = wanted, []
+            left[part] = sum(len(request.seeds) for request in wanted)
             part_of.update((request.id, part) for request in wanted)
             yield from wanted
 
@@ -185,7 +187,8 @@ def _whole_parts(
             spill = spills.get(part) or spills.setdefault(part, RouteSpill(scratch))
             completion = replace(completion, experts=spill.keep(completion.experts))
         found[part].append(completion)
-        if len(found[part]) == sum(len(request.seeds) for request in asked[part]):
+        left[part] -= 1
+        if not left[part]:
             wanted, completions = asked.pop(part), found.pop(part)
             spills.pop(part, None)
             place = {request.id: n for n, request in enumerate(wanted)}

@@ -178,7 +178,10 @@ class Fleet:
             was, member.listed = member.listed, False
             member.stale = False
             if was and self._router is not None and member.control is not None:
-                self._router.remove(member.control.url)
+                try:
+                    self._router.remove(member.control.url)
+                except EngineError as error:  # its own health check will find out; the watcher must live on
+                    log.warning("%s", error)
 
     def _watch(self, member: _Member) -> None:
         """Bring the member back whenever it dies or hangs, until the fleet closes or gives it up."""

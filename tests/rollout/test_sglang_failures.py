@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,9 +20,9 @@ from transformers import AutoModelForCausalLM
 
 from megavar.errors import UserError
 from megavar.rollout import lifeline
-from megavar.rollout.control import EngineError
+from megavar.rollout.control import EngineError, ServerControl
 from megavar.rollout.engine import SamplingParams
-from megavar.rollout.fleet import Fleet
+from megavar.rollout.fleet import Fleet, _Member
 from megavar.rollout.process import ServerSpec
 from megavar.rollout.servers import ExternalServers
 from megavar.rollout.sglang import SGLangEngine
@@ -42,6 +43,21 @@ def push(fleet: Fleet, directory: Path) -> None:
             control.update_from_disk(directory, "b", flush_cache=True)
             push.settle(control.url, "arrived")
     fleet.lies_in(directory)
+
+
+def test_a_router_that_does_not_answer_keeps_no_dead_server_listed(caplog: pytest.LogCaptureFixture) -> None:
+    """The thread that brings servers back unlists them first: it must outlive a router in trouble."""
+
+    class Hung:
+        def remove(self, url: str) -> None:
+            raise EngineError(f"router: did not remove {url}")
+
+    fleet, member = Fleet.__new__(Fleet), _Member(0, ())
+    fleet._lock, fleet._router = threading.RLock(), Hung()  # type: ignore[assignment]
+    member.control, member.listed, fleet._members = ServerControl("http://127.0.0.1:9"), True, [member]
+    fleet._unlist(member)
+    assert not member.listed and fleet.servers() == []
+    assert "did not remove http://127.0.0.1:9" in caplog.text
 
 
 @pytest.mark.engine
