@@ -1,11 +1,14 @@
-"""Files that survive a kill at any instant: atomic replacement, and locks that die with their holder."""
+"""Files that survive a kill at any instant: atomic replacement, locks that die with their holder; and their digests."""
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import socket
 import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
@@ -13,6 +16,21 @@ from megavar.errors import UserError
 
 GRACE_SECONDS = 10.0
 """A killed run's processes need a moment to go; a lock that stays held longer is in use."""
+
+
+_READERS = 8
+"""Files read at once: one thread hashes slower than a disk reads."""
+
+
+def sha256_of(paths: Iterable[Path]) -> list[str]:
+    """Hexadecimal SHA-256 of each file's bytes."""
+
+    def digest(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(_READERS) as readers:
+        return list(readers.map(digest, paths))
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,12 +1,11 @@
-"""How much memory a piece of work needs at most, and that it needs no more."""
+"""How much memory a piece of work needs at most, and that it needs no more. Linux counts it; elsewhere it is 0."""
 
 from __future__ import annotations
 
 import ctypes
-import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 _PROCESS = Path("/proc/self")
 _M_MMAP_THRESHOLD = -3
@@ -22,25 +21,28 @@ def return_large_blocks(size: int = 1 << 20) -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, size)
 
 
-class PeakMemory:
-    """A `with` block's highest resident memory above what was resident at its start, in `bytes` afterwards.
+def restart_peak() -> None:
+    """The process's peak begins anew, see proc(5). A container may forbid it; then what came before counts as well."""
+    with suppress(OSError):
+        (_PROCESS / "clear_refs").write_text("5")
 
-    Linux counts it by itself, so nothing in between is missed: buffers of torch and mapped files too.
-    """
+
+def resident(name: Literal["VmRSS", "VmHWM"]) -> int:
+    """Bytes of resident memory, now or at the peak: buffers of torch and mapped files too."""
+    status = _PROCESS / "status"
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)
+
+
+class PeakMemory:
+    """A `with` block's highest resident memory above what was resident at its start, in `bytes` afterwards."""
 
     bytes: int = 0
 
     def __enter__(self) -> Self:
-        with suppress(PermissionError):  # a container may forbid it; then earlier peaks hide smaller ones
-            (_PROCESS / "clear_refs").write_text("5")
-        self._before = _highest_resident()
+        restart_peak()
+        self._before = resident("VmHWM")
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bytes = _highest_resident() - self._before
-
-
-def _highest_resident() -> int:
-    found = re.search(r"VmHWM:\s*(\d+) kB", (_PROCESS / "status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
+        self.bytes = resident("VmHWM") - self._before

@@ -21,7 +21,6 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,15 +31,13 @@ from megavar.config.diff import NEUTRAL_LEAVES, changes
 from megavar.config.load import dump_recipe, load_recipe
 from megavar.config.recipe import Recipe
 from megavar.errors import UserError
-from megavar.files import FileLock, write_atomically
+from megavar.files import FileLock, sha256_of, write_atomically
 
 TABLE = "table.json"
 SCHEMA = 2
 """Version of what phases store; raised when an older finished phase can no longer be read."""
 PATIENCE_SECONDS = 1800.0
 """How long a rank waits for the writer to open what it is about to use."""
-_READERS = 8
-"""Files read at once: one thread hashes slower than a disk reads."""
 
 _PHASE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*(/[A-Za-z0-9][A-Za-z0-9_.+-]*)*")
 _STALE = re.compile(r"\.stale-\d+$")
@@ -305,14 +302,8 @@ def _files(path: Path) -> dict[str, Path]:
 
 def _content(files: Mapping[str, Path]) -> str:
     """Digest of the files' names and bytes."""
-
-    def digest(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    with ThreadPoolExecutor(_READERS) as readers:
-        digests = readers.map(digest, files.values())
-    return _sha256(json.dumps(dict(zip(files, digests, strict=True)), sort_keys=True))
+    digests = dict(zip(files, sha256_of(files.values()), strict=True))
+    return _sha256(json.dumps(digests, sort_keys=True))
 
 
 def _sha256(text: str) -> str:

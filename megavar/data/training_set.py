@@ -26,6 +26,8 @@ _SCHEMA = pa.schema(
     ]
 )
 _ROWS_PER_BATCH = 1024
+TRAINING_SET = "train.arrow"
+"""Its file in the directory of a phase."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,17 +12,16 @@ from megavar.config.recipe import Fit, Trainer
 from megavar.data.packing import padded_tokens
 from megavar.data.records import Question
 from megavar.data.templates import Encoder
-from megavar.data.training_set import Example, TrainingSet, write_training_set
+from megavar.data.training_set import TRAINING_SET, Example, TrainingSet, write_training_set
 from megavar.errors import UserError
 from megavar.models.hf_export import export_hf, verify_export
-from megavar.phases.peak import PeakMemory
+from megavar.phases.peak import PhaseMemory
 from megavar.phases.run import OpenPhase, Run
 from megavar.runs import Phase
 from megavar.trainer import checkpoint
 from megavar.trainer.fit import Stretch, fit_model, num_steps
 from megavar.trainer.model import load_model
 
-TRAINING_SET = "train.arrow"
 _STATE = ".state"
 
 
@@ -97,7 +96,7 @@ def fit_phase(
             training_set = TrainingSet(data.path / TRAINING_SET)
             _check_budget(trainer, training_set)
             run.release_model()
-            peak = PeakMemory(run.groups.device)
+            peak = PhaseMemory(run.groups.device)
             model = load_model(
                 start.path / "hf" if start else run.recipe.model.path, run.groups, run.settings
             )

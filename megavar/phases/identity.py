@@ -5,15 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megavar.data.records import Question
-from megavar.files import write_atomically
+from megavar.files import sha256_of, write_atomically
 from megavar.models.companions import COMPANIONS
-
-_READERS = 8
-"""Files read at once: one thread hashes slower than a disk reads."""
 
 
 def digest_questions(questions: Sequence[Question]) -> str:
@@ -31,19 +27,13 @@ def digest_model(directory: Path, cache: Path) -> str:
     A file is read again only where its size or time of change is not what `cache` remembers.
     """
     known = json.loads(cache.read_text()) if cache.exists() else {}
-
-    def entry(path: Path) -> tuple[str, list[int | str]]:
-        name, stat = path.relative_to(directory).as_posix(), path.stat()
-        stamp: list[int | str] = [str(path), stat.st_size, stat.st_mtime_ns]
-        if known.get(name, [])[:3] == stamp:
-            return name, known[name]
-        with path.open("rb") as file:
-            return name, [*stamp, hashlib.file_digest(file, "sha256").hexdigest()]
-
     found = {p for pattern in ("config.json", "*.safetensors*", *COMPANIONS) for p in directory.glob(pattern)}
     found |= {p for folder in found if folder.is_dir() for p in folder.rglob("*")}
-    with ThreadPoolExecutor(_READERS) as readers:
-        entries = dict(readers.map(entry, sorted(p for p in found if p.is_file())))
+    files = {p.relative_to(directory).as_posix(): p for p in sorted(found) if p.is_file()}
+    stamps = {name: [str(p), (s := p.stat()).st_size, s.st_mtime_ns] for name, p in files.items()}
+    changed = [name for name, stamp in stamps.items() if known.get(name, [])[:3] != stamp]
+    digests = dict(zip(changed, sha256_of(files[name] for name in changed), strict=True))
+    entries = {name: [*s, digests[name]] if name in digests else known[name] for name, s in stamps.items()}
     if entries != known:
         write_atomically(cache, json.dumps(entries, indent=1) + "\n")
     contents = [(name, values[-1]) for name, values in entries.items()]

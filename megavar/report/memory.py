@@ -6,13 +6,12 @@ import math
 from dataclasses import dataclass, replace
 
 from megavar.config.recipe import Fit, Recipe
-from megavar.data.training_set import TrainingSet
+from megavar.data.training_set import TRAINING_SET, TrainingSet
 from megavar.plan.activations import Stack
 from megavar.plan.plan import make_plan
 from megavar.plan.request import request_of
 from megavar.report.stored import StoredPhase, StoredRun
 
-TRAINING_SET = "train.arrow"
 SAMPLED = 2000
 """Examples, evenly spaced, whose mean length is taken."""
 
