@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megavar.data.records import Question
+from megavar.verifiers.gym_answers import UNREADABLE, is_program
 
 TUPLE, DICT = "__tuple__", "__dict__"
 
@@ -56,13 +57,19 @@ def payload(name: str, options: Mapping[str, Any], entry: Mapping[str, Any]) -> 
 def verify(answer: str, question: Question) -> float:
     """The dataset's own `score_answer`, surrounding white space removed; partial credit is passed on.
 
-    A scorer that raises on an answer it cannot read, while it can read its own oracle, has called it wrong:
-    0. Raises ValueError for a score outside [0, 1], and whatever a scorer raises on a payload it cannot use.
+    An answer that its scorer would run as a program (see `gym_answers`) gets what one that cannot be read gets. A
+    scorer that raises on an answer it cannot read, while it can read its own oracle, has called it wrong: 0. Raises
+    ValueError for a score outside [0, 1], and whatever a scorer raises on a payload it cannot use.
     """
     payload = question.payload
     scorer, entry = dataset(payload["dataset"], payload["options"]), _untag(payload["entry"])
+    answer = answer.strip()
+    # One of a composite names the dataset whose scorer it is.
+    grader = entry["metadata"].get("source_dataset", payload["dataset"])
+    if is_program(answer, grader, entry["answer"] or ""):
+        answer = UNREADABLE
     try:
-        score = float(scorer.score_answer(answer.strip(), entry))
+        score = float(scorer.score_answer(answer, entry))
     except Exception:  # third-party scorers raise anything, from ValueError to sympy's own errors
         if entry["answer"] is None:
             raise

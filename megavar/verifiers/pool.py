@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -193,7 +194,7 @@ class WorkerPool:
             key = worker.key
             if worker.connection in ready:
                 try:
-                    reply = worker.connection.recv()
+                    reply = json.loads(worker.connection.recv_bytes())
                 except (EOFError, ConnectionResetError):
                     self._stop(worker)
                     if not worker.started:

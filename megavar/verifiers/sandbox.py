@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Literal
 
 from megavar.errors import UserError
-from megavar.verifiers.sandbox_supervisor import landlock_version
+from megavar.verifiers.sandbox_supervisor import landlock_version, remove
 
 log = logging.getLogger(__name__)
 
@@ -126,10 +126,12 @@ def isolation() -> Isolation:
 def _landlock() -> str:
     version = landlock_version()
     if version == 0:
-        return "no Landlock: programs can use the network, see all files, and change those of their user"
-    return "only Landlock: programs can " + (
-        "send datagrams" if version >= 4 else "use the network, see no other files"
-    )
+        return (
+            "no Landlock: programs can use the network, see all files, change those of their user, and signal its "
+            "processes"
+        )
+    can = ["send datagrams" if version >= 4 else "use the network", "connect to Unix sockets"]
+    return f"only Landlock: programs can {', '.join([*can, *(['signal others'] if version < 6 else [])])}"
 
 
 @functools.lru_cache(maxsize=1)
@@ -171,7 +173,10 @@ def run(
         reader, writer = os.pipe()
         result = stack.enter_context(os.fdopen(reader, "rb", buffering=0))
         uid = FREE_UID + os.getpid() if kind.uid else None
-        home = HOME if kind.bwrap else stack.enter_context(tempfile.TemporaryDirectory(prefix="sandbox-"))
+        home = HOME
+        if not kind.bwrap:
+            home = tempfile.mkdtemp(prefix="sandbox-")
+            stack.callback(_remove, home)
         if uid is not None and not kind.bwrap:
             os.chown(home, uid, uid)
         command = [_python(), "-I", "-c", program, str(work.fileno()), str(writer), *arguments]
@@ -249,6 +254,11 @@ def _stop(process: subprocess.Popen, kind: Isolation) -> None:  # type: ignore[t
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def _remove(home: str) -> None:
+    if os.path.exists(home):  # its supervisor has been killed, or never started
+        remove(home)
 
 
 def _view(kind: Isolation, limits: Limits, home: str) -> list[str]:

@@ -1,20 +1,24 @@
 """A verifier process: `python -m megavar.verifiers.worker FD MEMORY_BYTES CPU_SECONDS`.
 
-Speaks pickles over the socket FD. For each (verifier, answer, question) it says "started" once the verifier
-is imported, so that the time limit counts the verifying alone, then (outcome, score). Ends when its parent
-does.
+Reads pickles from the socket FD and answers in JSON: nothing that an answer might make of this process can reach into
+its parent. For each (verifier, answer, question) it says "started" once the verifier is imported, so that the time
+limit counts the verifying alone, then [outcome, score]. Ends when its parent does.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import resource
 import signal
 import sys
 from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
 
 from megavar.verifiers.registry import load_verifier
+from megavar.verifiers.sandbox_supervisor import forget_keys
 
 
 def main(connection: Connection, cpu_seconds: float) -> None:
@@ -25,7 +29,7 @@ def main(connection: Connection, cpu_seconds: float) -> None:
         except EOFError:
             return
         verify = load_verifier(name)
-        connection.send("started")
+        _say(connection, "started")
         # The parent kills a process that hangs; this is for the one whose parent was killed meanwhile. It
         # must end even inside C code, where no Python handler runs: SIGPROF's default action is to terminate.
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
@@ -43,7 +47,11 @@ def main(connection: Connection, cpu_seconds: float) -> None:
         ) as error:  # scorers are third-party code and may raise anything; the parent reports it
             reply = f"{type(error).__name__}: {error}"[:300], 0.0
         signal.setitimer(signal.ITIMER_PROF, 0)
-        connection.send(reply)
+        _say(connection, reply)
+
+
+def _say(connection: Connection, what: Any) -> None:
+    connection.send_bytes(json.dumps(what).encode())
 
 
 if __name__ == "__main__":
@@ -51,6 +59,9 @@ if __name__ == "__main__":
     # business. An answer must not count as wrong because the job was asked to make room.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    # Programs in answers inherit both: no keys, and to be taken first when the machine runs out of memory.
+    forget_keys()
+    Path("/proc/self/oom_score_adj").write_text("1000")
     memory = int(sys.argv[2])
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     main(Connection(int(sys.argv[1])), float(sys.argv[3]))

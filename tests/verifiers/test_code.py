@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+
 import pytest
 
 from megavar.data.records import Question
 from megavar.verifiers import verify_all
 from megavar.verifiers.code import last_block, same_text, verify
+from megavar.verifiers.sandbox_supervisor import KEYCTL, KEYCTL_JOIN_SESSION_KEYRING
 
 ADD = "print(sum(map(int, input().split())))"
 
@@ -27,6 +31,17 @@ def calls(**more) -> Question:
     return question(inputs=[[1, [2]], [10, [20, 30]]], outputs=[[3], [60]], fn_name="add", **more)
 
 
+ITS_OWN = f"""
+import ctypes
+keyctl = {KEYCTL.get(os.uname().machine)}
+libc = ctypes.CDLL(None)
+assert keyctl is None or libc.syscall(keyctl, 10, ctypes.c_int(-3), b"user", b"megavar-test", 0) < 0
+try:
+    score = open("/proc/self/oom_score_adj").read()
+except OSError:  # where it has no /proc
+    score = "1000"
+assert int(score) == 1000
+"""
 METHOD = "class Solution:\n    def add(self, a: int, b: List[int]) -> int:\n        return a + sum(b)"
 RIGHT = {
     "script": (prints(), ADD),
@@ -35,6 +50,7 @@ RIGHT = {
     "method, typing names": (calls(), METHOD),
     "function": (calls(), "def add(a, b):\n    print('chatter')\n    return sum([a, *b])"),
     "demonstration": (calls(), METHOD + "\nif __name__ == '__main__':\n    print(input())"),
+    "no keys of ours, first to go": (prints(), ITS_OWN + ADD),
     "numpy": (calls(), "import numpy as np\ndef add(a, b):\n    return np.int64(a) + np.sum(b)"),
     "deep": (prints(), f"def f(n): return n and 1 + f(n - 1)\nassert f(40000) == 40000\n{ADD}"),
 }
@@ -72,6 +88,10 @@ WRONG = {
 
 @pytest.fixture(scope="module")
 def scores():
+    if (keyctl := KEYCTL.get(os.uname().machine)) is not None:
+        libc = ctypes.CDLL(None)
+        libc.syscall(keyctl, KEYCTL_JOIN_SESSION_KEYRING, None)
+        libc.syscall(keyctl - 2, b"user", b"megavar-test", b"secret", 6, ctypes.c_int(-3))  # add_key
     cases = {("right", name): case for name, case in RIGHT.items()}
     cases |= {("wrong", name): case for name, case in WRONG.items()}
     items = [(key, fenced(code), asked) for key, (asked, code) in cases.items()]

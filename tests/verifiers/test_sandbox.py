@@ -210,6 +210,15 @@ except OSError:
     assert canary.read_text() == "secret"
 
 
+def test_no_tree_is_too_deep_to_be_removed(mark, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    program = (
+        mark + "import os\nfor _ in range(1200):\n    os.mkdir('d')\n    os.chdir('d')\nos.chmod('.', 0)"
+    )
+    assert run(program, kind=PLAIN).code == 0
+    assert not list(tmp_path.iterdir())
+
+
 def test_disk_is_limited(strong, mark):
     program = (
         mark

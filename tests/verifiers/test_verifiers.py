@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reasoning_gym.factory import DATASETS
 
 from megavar.data.gym_questions import _questions
 from megavar.data.records import Question
 from megavar.errors import UserError
 from megavar.verifiers import NAMES, gym, is_correct, load_verifier
+from megavar.verifiers.gym_answers import EVALUATED, PARSED, UNREADABLE, is_program
 from megavar.verifiers.mathematics import last_box
 
 
@@ -188,3 +192,59 @@ def test_the_registry_loads_each_name_and_refuses_others():
     assert all(callable(load_verifier(name)) for name in NAMES)
     with pytest.raises(UserError, match="unknown verifier 'proof'; known: exact, math"):
         load_verifier("proof")
+
+
+def executes(function: ast.FunctionDef) -> bool:
+    calls = (node.func for node in ast.walk(function) if isinstance(node, ast.Call))
+    names = {getattr(call, "id", getattr(call, "attr", None)) for call in calls}
+    return bool(names & {"eval", "exec", "compile", "parse_expr", "sympify", "nsimplify", "lambdify"})
+
+
+def test_every_scorer_that_executes_answers_is_known():
+    found = set()
+    for name, (kind, _) in DATASETS.items():
+        source = inspect.getsource(inspect.getmodule(kind))
+        functions = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef))
+        if any(f.name == "score_answer" and executes(f) for f in functions):
+            found.add(name)
+    assert found == EVALUATED | PARSED | {"number_sorting"}  # which evaluates its own
+
+
+PROGRAMS = (
+    "open({path!r}, 'w').close()",
+    "[open({path!r}, 'w')]",
+    "().__class__.__base__.__subclasses__()",
+    "1 or exit()",
+    "eval(chr(49))",
+    "x.subs",
+    "lambda: 0",
+    "[c for c in 'ab']",
+    "f'{{1}}'",
+    "S('1')",
+    "exit()!",
+)
+
+
+@pytest.mark.parametrize("name", sorted(EVALUATED | PARSED))
+def test_answers_are_not_executed(name, tmp_path):
+    (asked,) = _questions(name, {}, 1, 0)
+    for program in PROGRAMS:
+        answer = program.format(path=str(tmp_path / "made"))
+        assert is_program(answer, name, asked.answer) or name in EVALUATED
+        assert gym.verify(answer, asked) == gym.verify(UNREADABLE, asked) < 0.1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("spiral_matrix", "[1, -2, [3, 'a']]"),
+        ("string_insertion", "ABCD"),
+        ("binary_matrix", "0 1\n1 0"),
+        ("intermediate_integration", "-exp(2*x)*asinh(x)/2 + sqrt(x)*log(x)**1.5e1 + pi*x! + C"),
+        ("countdown", "(7 + 3)*4 - 2^3"),
+        ("propositional_logic", "(P and Q).x"),
+    ],
+)
+def test_values_and_formulas_are_no_programs(name, answer):
+    assert not is_program(answer, name, "x")
