@@ -12,7 +12,7 @@ NEUTRAL_KEYS = frozenset({"name", "out", "tracking"})
 """Keys and sections of the recipe's top level that change no result: they may differ between runs in one directory."""
 NEUTRAL_LEAVES = frozenset(
     "checkpoint_every checkpoint_keep ranks tp pp vpp cp ep etp sequence_parallel recompute threads "
-    "tokens_per_micro_batch scoring_tokens_per_micro_batch urls router_url".split()
+    "packing tokens_per_micro_batch scoring_tokens_per_micro_batch urls router_url".split()
 )
 """Likewise, in whatever section they stand: a run may go on under another layout, which moves the last digits alone."""
 
