@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,12 @@ from megavar.config.recipe import Fit, Trainer
 from megavar.data.training_set import Example, TrainingSet, write_training_set
 from megavar.errors import UserError
 from megavar.models.modules import PackedAttention, PackedRows
+from megavar.models.parallel_layout import ParallelLayout
+from megavar.parallel.groups import Groups
 from megavar.phases.fitting import _check_budget
 from megavar.trainer.batch import IGNORE, build_micro_batch
 from megavar.trainer.fit import global_batch, num_steps
+from megavar.trainer.model import Model, Settings
 
 CPU = torch.device("cpu")
 
@@ -86,6 +90,25 @@ def test_context_ranks_hold_every_token_once(cp: int, multiple_of: int, packing:
         )
         assert pairs * cp == sum((r.own.stop - r.prefix.start) ** 2 - (r.own.start - r.prefix.start) ** 2
                                  for other in splits for r in other.runs)  # fmt: skip
+
+
+@pytest.mark.parametrize(("recipe", "each"), [("tensorwise", 16), ("mxfp8", 32)])
+@pytest.mark.parametrize("cp", [1, 2])
+def test_under_fp8_every_slice_of_tokens_is_a_multiple(recipe: str, each: int, cp: int) -> None:
+    """Also the slices that sequence parallelism makes of a context part, and a micro-batch without examples."""
+    groups = Groups(
+        layout=ParallelLayout(ranks=2 * cp, tp=2, cp=cp),
+        **dict.fromkeys(("rank", "tp_rank", "cp_rank", "dp_rank", "pp_rank", "ep_rank", "etp_rank"), 0),
+        device=CPU,
+    )
+    settings = Settings(sequence_parallel=True, switches={"fp8": "hybrid", "fp8_recipe": recipe})
+    unused: Any = None
+    model = Model(
+        chunks=[], config=unused, architecture=unused, hf_directory=Path(), groups=groups, settings=settings
+    )
+    for examples in ([], [example("a", [5, 6, 7, 8], 2, 0.5), example("b", [9] * 70, 1, 2.0)]):
+        tokens = model.micro_batch(examples).tokens.shape[1]
+        assert tokens > 0 and tokens % (2 * each) == 0
 
 
 def test_an_empty_micro_batch_has_one_ignored_token() -> None:
