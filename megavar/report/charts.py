@@ -135,6 +135,8 @@ def lengths(run: StoredRun) -> list[Chart]:
     charts = []
     for name, (stores, columns) in groups.items():
         found = streamed.lengths(stores, columns)
+        if not found:
+            continue
         longest = max(len(counts) for counts in found.values()) - 1
         edges = streamed.length_edges(longest)
         # "stop" first, so that it has the same colour everywhere.

@@ -11,8 +11,10 @@ from made_run import HOSTILE, K, make_run
 
 from megavar.cli import main
 from megavar.data.traces import TraceStore
+from megavar.phases.sampling import answer_store
 from megavar.report import charts, streamed, svg
 from megavar.report.stored import StoredRun
+from megavar.runs import Phase
 
 VOID = {"meta", "link", "br", "img"}
 
@@ -113,6 +115,18 @@ def test_what_is_no_run_is_refused(tmp_path: Path, whole: Path, capsys: pytest.C
     assert capsys.readouterr().err == f"error: {tmp_path}: not a run directory: it has no recipe.toml\n"
     assert report(whole, "--out", tmp_path / "no/where.html") == 2
     assert capsys.readouterr().err.endswith("No such file or directory; set --out\n")
+
+
+def test_stores_without_a_row_have_no_chart(tmp_path: Path) -> None:
+    """As of answers where every thought was cut."""
+    run = make_run(tmp_path / "run", until="initial/fit")
+    phase = Phase(name="a", path=run / "proposals/answers", hash="", inputs={}, writer=True)
+    (run / "proposals/answers").mkdir(parents=True)
+    started = (run / "initial/fit/phase.json").read_text()
+    (run / "proposals/answers/phase.json").write_text(started)
+    answer_store(phase).write_part(0, [])
+    assert report(run) == 0
+    assert "Nothing has been sampled yet." in Page(run / "report.html").texts["p"]
 
 
 def test_a_large_run_makes_a_small_page(tmp_path: Path) -> None:
