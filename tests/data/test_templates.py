@@ -212,10 +212,10 @@ def test_answers_cut_off_or_without_their_start_are_told(encoders, qwen_tokenize
 def test_splitting_is_linear_in_length(encoders):
     encoder = encoders["thought_solution"]
     ids = np.tile(encoder.thought_ids("a < b |> </think> ü ")[:-1], 9_000)
-    start = time.perf_counter()
+    start = time.process_time()  # a busy machine does not count
     assert not encoder.split(ids).closed
-    seconds = time.perf_counter() - start
-    assert len(ids) > 100_000 and seconds < 1.0, seconds
+    seconds = time.process_time() - start
+    assert len(ids) > 100_000 and seconds < 2.0, seconds
 
 
 def test_lengths_are_checked_once_for_all(encoders):

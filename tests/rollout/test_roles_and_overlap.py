@@ -93,20 +93,29 @@ def test_an_engine_is_lent_to_one_thread_at_a_time(tiny_model, other_model):
     roles.close()
 
 
+def wait_until(ready):
+    deadline = time.monotonic() + 60
+    while not ready() and time.monotonic() < deadline:
+        time.sleep(0.002)
+
+
 def train_on_rollouts(models, staleness):
     """Six steps with real sampling; step i swaps in version i+1. Returns what was seen and the metrics."""
     engine = LocalEngine(models[0], version="v0")
     batches = [requests(4, 2, seed=i) for i in range(6)]
-    seen = []
+    seen, begun = [], []
 
     def rollout(batch):
+        begun.append(batch)
         return list(engine.generate(batch, PARAMS))
 
     with Overlap(iter(batches), rollout, staleness=staleness) as stream:
         for step, generated in enumerate(stream):
             assert generated.index == step and generated.behind == step - generated.started
             seen.append(generated)
-            time.sleep(0.05)  # the trainer works
+            if staleness:  # the trainer works for as long as the next batch takes to begin
+                ahead = min(step + 2, 6)
+                wait_until(lambda ahead=ahead: len(begun) >= ahead)
             engine.update_weights(models[(step + 1) % 2], f"v{step + 1}")
     return seen, stream.metrics()
 
@@ -141,7 +150,8 @@ def test_rollouts_do_not_run_further_ahead():
         steps = iter(stream)
         for step in range(4):
             assert next(steps).result == step
-            time.sleep(0.1)
+            wait_until(lambda ahead=step + 3: len(begun) >= ahead)
+            time.sleep(0.02)  # for one too many
             assert begun == list(range(step + 3))
     assert len(begun) <= 7 and threading.active_count() < 20
 
