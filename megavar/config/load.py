@@ -48,7 +48,7 @@ def load_recipe(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> 
     try:
         return Recipe.model_validate_json(json.dumps(merged), strict=True)
     except ValidationError as error:
-        lines = [explain(e, _origin(e, layers, touched, str(path)), merged) for e in error.errors()]
+        lines = [explain(e, _origin(e, layers, touched, str(path))) for e in error.errors()]
         raise UserError("\n".join(lines)) from None
 
 

@@ -10,10 +10,10 @@ from megavar.config import schema
 from megavar.config.recipe import Recipe
 
 
-def explain(error: Any, origin: str, merged: dict[str, Any]) -> str:
+def explain(error: Any, origin: str) -> str:
     """Turn one pydantic error into `origin: dotted.key: what is wrong; nearest valid name`.
 
-    origin: the file or `--option` the value came from. merged: the data that was validated.
+    origin: the file or `--option` the value came from.
     """
     parts = [str(p) for p in error["loc"]]
     dotted = ".".join(parts)

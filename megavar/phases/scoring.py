@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -128,13 +129,6 @@ def _score(
             parts, done = sorted(source.parts_done()), store.parts_done()
             mine = [p for p in parts if p % groups.dp == groups.dp_rank and p not in done]
             tokens, started, counted = 0, time.perf_counter(), Counter[str]()
-            answers = "answer" in store.schema.names
-
-            def row(trace: Trace, logprobs: np.ndarray) -> dict:
-                z = len(trace.thought_ids)
-                found = {"question_id": trace.question_id, "index": trace.index, "thought": logprobs[:z]}
-                return found | {"answer": logprobs[z:]} if answers else found
-
             turns = int(largest_over_ranks(len(mine)))
             model = run.model(weights) if turns else None
             with run.progress.phase(name, len(parts), "parts", done=len(done)) as task:
@@ -153,7 +147,8 @@ def _score(
                     )
                     # One rank of each data-parallel part writes.
                     if part is not None and logprobs is not None and groups.answers:
-                        store.write_part(part, (row(*pair) for pair in zip(wanted, logprobs, strict=True)))
+                        scored = zip(wanted, logprobs, strict=True)
+                        store.write_part(part, (_row(*pair, store.schema.names) for pair in scored))
                         tokens += sum(len(e.ids) for e in examples)
                     task.advance(min(groups.dp, len(parts) - task.done))
                 total = total_over_ranks({"tokens": tokens})["tokens"]
@@ -169,6 +164,12 @@ def _score(
             rows_of = {"traces": sum(b.num_rows for b in store.iter_batches(["index"], parts=shared))}
             opened.counts = {k: int(v) for k, v in total_over_ranks(rows_of).items()}
     return opened.phase
+
+
+def _row(trace: Trace, logprobs: np.ndarray, columns: Sequence[str]) -> dict[str, Any]:
+    z = len(trace.thought_ids)
+    row = {"question_id": trace.question_id, "index": trace.index, "thought": logprobs[:z]}
+    return row | {"answer": logprobs[z:]} if "answer" in columns else row
 
 
 def _compare(opened: OpenPhase, store: PartStore, source: TraceStore, parts: Sequence[int]) -> None:

@@ -15,7 +15,6 @@ from megavar.config import recipe as r
 from megavar.config import schema
 from megavar.config.diff import changes
 from megavar.config.load import dump_recipe, load_recipe
-from megavar.config.source import question_source
 from megavar.errors import UserError
 
 MINIMAL = """
@@ -318,21 +317,3 @@ def test_changes_are_told_by_key_and_neutral_ones_are_not(file: Path) -> None:
         "final.lr: 1e-05 -> 0.5",
         "final.steps: (none) -> 3",
     ]
-
-
-def test_question_source(tmp_path: Path) -> None:
-    (tmp_path / "q.jsonl").touch()
-    (tmp_path / "q.txt").touch()
-
-    def source(spec: str, size: int | None = None) -> r.QuestionSource:
-        return question_source(spec, size=size, seed=3, verifier="")
-
-    assert source("gym:chain_sum", 5).model_dump(include={"kind", "name", "size", "seed"}) == {
-        "kind": "reasoning_gym", "name": "chain_sum", "size": 5, "seed": 3,
-    }  # fmt: skip
-    assert source(f"{tmp_path}/q.jsonl").kind == "jsonl"
-    assert source(str(tmp_path)).kind == "hf_dataset"
-    bad = {"gym:chain_sum": "--size", "gone": "no such file", f"{tmp_path}/q.txt": "not a .jsonl"}
-    for spec, words in bad.items():
-        with pytest.raises(UserError, match=words):
-            source(spec)
