@@ -63,7 +63,11 @@ def check(recipe: Recipe, *, until: str | None = None, here: bool = True) -> Non
         raise UserError(f"data.eval: {len(overlap)} questions are in data.train too, first {min(overlap)!r}")
     tokenizer = _tokenizer(recipe, architecture)
     encoders = Encoder(policy, tokenizer), Encoder(posterior, tokenizer)
-    context = min(architecture.max_positions, recipe.rollout.context_length or architecture.max_positions)
+    context = recipe.rollout.context_length or architecture.max_positions
+    if context > architecture.max_positions:
+        raise UserError(
+            f"rollout.context_length is {context}: the model's context is {architecture.max_positions}; leave it out"
+        )
     for encoder, questions in ((encoders[0], train), (encoders[1], train), (encoders[0], held_out)):
         check_lengths(encoder, questions, context)
     with _about("data.train"):

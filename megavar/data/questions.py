@@ -14,6 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from megavar import verifiers
 from megavar.data.gym_questions import generate
 from megavar.data.records import Question
@@ -186,6 +188,8 @@ def _hf_dataset(source: QuestionSource) -> Iterator[Row]:
         loaded = datasets.load_from_disk(str(path))
     except FileNotFoundError as error:
         raise UserError(f"{path}: not a directory written by datasets.save_to_disk") from error
+    except (ValueError, KeyError, pa.ArrowException) as error:
+        raise UserError(f"{path}: a damaged data set ({error}); save it again") from error
     if isinstance(loaded, datasets.DatasetDict):
         if source.split not in loaded:
             raise UserError(f"{path}: no split {source.split!r}; {did_you_mean(source.split, loaded)}")

@@ -50,6 +50,11 @@ def test_three_file_kinds_give_the_same_questions(tmp_path):
     )
     with pytest.raises(UserError, match="no split 'tset'; did you mean 'test'"):
         load_questions(QuestionSource(kind="hf_dataset", path=tmp_path / "hf", split="tset"))
+    state = tmp_path / "hf/test/state.json"
+    for torn in (state.read_text()[:20], "{}"):
+        state.write_text(torn)
+        with pytest.raises(UserError, match="hf: a damaged data set .*; save it again"):
+            load_questions(QuestionSource(kind="hf_dataset", path=tmp_path / "hf", split="test"))
 
 
 def test_globs_and_directories_are_read_in_name_order_and_size_stops_reading(tmp_path):
