@@ -111,6 +111,11 @@ def nothing(inputs: Path) -> None: ...
         ),
         (
             nothing,
+            ["--rollout.context_length", "129"],
+            ["rollout.context_length is 129: the model's context is 128; leave it out"],
+        ),
+        (
+            nothing,
             ["--data.train.size", "49"],
             ["data.train: ", "48 questions in it, size = 49 asks for more"],
         ),
