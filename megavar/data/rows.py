@@ -34,6 +34,8 @@ def read_jsonl(path: Path) -> Iterator[Row]:
                 yield where, row, row.keys()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
@@ -51,6 +53,8 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
                     number += 1
     except pa.ArrowException as error:
         raise UserError(f"{path}: not a readable Parquet file: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
 
 
 def _value(scalar: Any) -> Any:

@@ -120,6 +120,7 @@ def test_bad_files_are_named(tmp_path):
     assert "not a directory written by datasets.save_to_disk" in error("hf_dataset", "nowhere")
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "ü"}'.encode("latin-1"))
     assert "latin.jsonl: not UTF-8" in error("jsonl", "latin.jsonl")
+    assert "/proc/self/mem: cannot be read: Input/output error" in error("jsonl", "/proc/self/mem")
     pq.write_table(pa.table({"prompt": ["p"] * 5, "anwser": ["a"] * 5}), tmp_path / "q.parquet")
     assert "q.parquet row 0: no column 'answer'" in (message := error("parquet", "q.parquet"))
     assert "did you mean 'anwser'?" in message
