@@ -54,7 +54,7 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     except pa.ArrowException as error:
         raise UserError(f"{path}: not a readable Parquet file: {error}") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+        raise UserError(f"{path}: cannot be read: {str(error).strip()}") from None
 
 
 def _value(scalar: Any) -> Any:

@@ -185,8 +185,11 @@ class PartStore:
                             batch_rows, row_groups=[group], columns=names, use_threads=False
                         ):
                             yield batch.select(names)
-            except pa.ArrowException as error:
-                raise UserError(f"{path}: damaged ({error}); delete it and run again") from error
+            except (
+                pa.ArrowException,
+                OSError,
+            ) as error:  # pyarrow has either for bytes that are not what they were
+                raise UserError(f"{path}: damaged ({str(error).strip()}); delete it and run again") from error
 
     def read_table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All finished parts as one table, in part order; for columns that fit in memory."""

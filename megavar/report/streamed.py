@@ -36,8 +36,8 @@ def batches(part: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
                 yield from file.iter_batches(
                     256, row_groups=[group], columns=list(columns), use_threads=False
                 )
-    except pa.ArrowException as error:
-        raise UserError(f"{part}: damaged ({error}); delete it and run again") from error
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{part}: damaged ({str(error).strip()}); delete it and run again") from error
 
 
 def columns_of(store: Path) -> set[str]:

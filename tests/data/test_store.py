@@ -157,6 +157,22 @@ def test_a_damaged_or_foreign_part_is_named(tmp_path):
         store.read_table()
 
 
+def test_every_damage_that_is_noticed_is_named(tmp_path):
+    """One byte changed anywhere: other values, or one clear error."""
+    store, rng = PartStore(tmp_path, SCORES), np.random.default_rng(0)
+    store.write_part(0, [{"question_id": f"q{i % 7}", "index": i, "score": i / 3} for i in range(40)])
+    path, named = store.part_path(0), 0
+    whole = path.read_bytes()
+    for place, change in zip(rng.integers(0, len(whole), 80), rng.integers(1, 256, 80), strict=True):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ change]) + whole[place + 1 :])
+        try:
+            list(store.iter_batches())
+        except UserError as error:
+            assert "part-00000.parquet: " in str(error) and "\n" not in str(error)
+            named += 1
+    assert named > 20
+
+
 def test_rows_are_read_by_key_and_keys_never_collide(tmp_path):
     store = PartStore(tmp_path, SCORES)
     row = {"question_id": "q", "index": 0, "score": 1.0}
