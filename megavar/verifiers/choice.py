@@ -6,17 +6,18 @@ import re
 
 from megavar.data.records import Question
 
-_LETTER = r"[\(\[]?\s*([A-Z])\s*[\)\]]?"
-# Most binding first; within a pattern the last match counts, since a text settles at its end.
+# Most binding first; within a pattern the last match counts, since a text settles at its end. Possessive quantifiers,
+# none of which runs over lines, keep a search linear: a model that repeats itself writes blanks by the thousand.
 PATTERNS = (
-    re.compile(r"\\boxed\{\s*(?:\\(?:text|textbf|mathrm|mathbf)\{)?\s*" + _LETTER + r"\s*\.?\s*\}"),
     re.compile(
-        r"(?i:\b(?:answer|choice|option)\b(?:\s+is)?)\s*[:=]?\s*(?i:option\s+|choice\s+)?\**"
-        + _LETTER
-        + r"(?![A-Za-z])"
+        r"\\boxed\{\s*+(?:\\(?:text|textbf|mathrm|mathbf)\{)?\s*+[\(\[]?\s*+([A-Z])\s*+[\)\]]?\s*+\.?\s*+\}"
     ),
-    re.compile(r"^\W*([A-Z])\W*$", re.MULTILINE),
-    re.compile(r"^\s*[\(\[]?([A-Z])[\)\].:](?:\s|$)", re.MULTILINE),
+    re.compile(
+        r"(?i:\b(?:answer|choice|option)\b(?:\s++is)?)\s*+[:=]?\s*+(?i:option\s++|choice\s++)?\**+"
+        r"[\(\[]?\s*+([A-Z])(?![A-Za-z])"
+    ),
+    re.compile(r"^[^\w\n]*+([A-Z])[^\w\n]*+$", re.MULTILINE),
+    re.compile(r"^[^\S\n]*+[\(\[]?([A-Z])[\)\].:](?:\s|$)", re.MULTILINE),
     re.compile(r"\(([A-Z])\)"),
 )
 

@@ -16,6 +16,7 @@ from megavar.data.gym_questions import _questions
 from megavar.data.records import Question
 from megavar.errors import UserError
 from megavar.verifiers import NAMES, gym, is_correct, load_verifier
+from megavar.verifiers.choice import settled
 from megavar.verifiers.gym_answers import EVALUATED, PARSED, UNREADABLE, is_program
 from megavar.verifiers.mathematics import last_box
 
@@ -102,6 +103,16 @@ def test_choice(answer, expected):
     for letter in "ABCD":
         assert score("choice", answer, letter) == (letter == expected)
         assert score("choice", answer, f"({letter})") == (letter == expected)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\n", ".\n", " ", "\\boxed{", "answer ", "answer is option *", "(", "A.x\n", "** ", "A \n", "- "],
+)
+def test_a_model_that_repeats_itself_is_read_in_no_time(text):
+    """A pattern that backtracks would take hours over this."""
+    for before in ("", "answer", "\\boxed{", "\\boxed{A", "answer is", "answer option "):
+        settled(before + text * 50_000 + "!", 4)
 
 
 def test_choice_is_bounded_by_its_options_and_needs_a_reference_letter():
