@@ -94,18 +94,12 @@ def test_a_node_that_cannot_run_the_recipe_ends_the_job(cluster, inputs: Path, t
 
 @pytest.mark.engine
 def test_servers_on_their_own_nodes_and_the_loss_of_one(cluster, inputs: Path, tmp_path: Path) -> None:
-    """One node trains, two sample behind a router; a server is killed while it samples."""
+    """One node trains, two sample the policy behind a router, one the posterior; a server is killed meanwhile."""
     recipe = write_recipe(tmp_path / "run.toml", inputs, arms=SURE, steps=4)
-    sampling = (
-        "--rollout.engine",
-        "sglang",
-        "--rollout.servers.count",
-        2,
-        "--rollout.servers.concurrency",
-        2,
-    )
-    sampling += ("--rollout.questions_per_part", 4)
-    job = submit(cluster, recipe, "--nodes", 3, "--engine-nodes", 2, *sampling)
+    sampling: list[object] = ["--rollout.engine", "sglang", "--rollout.questions_per_part", 4]
+    for fleet, count in (("servers", 2), ("posterior_servers", 1)):
+        sampling += [f"--rollout.{fleet}.count", count, f"--rollout.{fleet}.concurrency", 2]
+    job = submit(cluster, recipe, "--nodes", 4, "--engine-nodes", 3, "--posterior-nodes", 1, *sampling)
     traces = recipe.with_suffix("") / "proposals" / "traces"
     until(lambda: has_part(traces), cluster, job, recipe)
     next(p for p in cluster.processes() if "sglang.launch_server" in p.cmdline()).kill()
@@ -113,5 +107,13 @@ def test_servers_on_their_own_nodes_and_the_loss_of_one(cluster, inputs: Path, t
     assert cluster.wait(job) == "COMPLETED", logs(recipe)
     folder = recipe.with_suffix("") / ".slurm"
     assert "lost a server" in (folder / f"job-{job}.log").read_text()
-    roles = {path.name for path in (folder / job).glob("*.log")}
-    assert {"engine-0.log", "engine-1.log", "router.log", "gate.log", "trainer.log"} <= roles
+    names = (
+        "engine-0",
+        "engine-1",
+        "router",
+        "engine-posterior-0",
+        "engine-posterior-router",
+        "gate",
+        "trainer",
+    )
+    assert {f"{name}.log" for name in names} <= {path.name for path in (folder / job).glob("*.log")}
