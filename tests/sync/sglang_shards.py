@@ -2,8 +2,8 @@
 
 No server and no process group: the models of every rank are built one after the other, on the CPU, under SGLang's
 override of the parallel context. Arguments: a JSON list of [directory with config.json, model.npz; tp; ep; whether
-its uint8 tensors are e4m3 in blocks of 128 x 128], an output directory. Writes RANK.npz of all parameters by name to
-OUT/CASE/.
+its uint8 tensors are e4m3 in blocks of 128 x 128], an output directory. A directory may hold model.safetensors instead,
+of the type that its config says. Writes RANK.npz of all parameters by name to OUT/CASE/.
 """
 
 import json
@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from sglang.srt.model_executor.model_runner import ModelRunner  # noqa: F401  (imports in the order SGLang expects)
 from sglang.srt.models.qwen2 import Qwen2ForCausalLM
 from sglang.srt.models.qwen3 import Qwen3ForCausalLM
@@ -41,14 +42,20 @@ def shards(directory: Path, tp: int, ep: int, fp8: bool, rank: int) -> dict[str,
     # exact for every element's number, and with fp8 for those below 256
     torch.set_default_dtype(torch.bfloat16 if fp8 else torch.float64)
     config = AutoConfig.from_pretrained(directory)
-    weights = {name: torch.from_numpy(value) for name, value in np.load(directory / "model.npz").items()}
-    weights = {n: w.view(torch.float8_e4m3fn) if w.dtype == torch.uint8 else w for n, w in weights.items()}
+    if (directory / "model.safetensors").exists():
+        weights = load_file(directory / "model.safetensors")
+        told = config.quantization_config
+    else:
+        weights = {name: torch.from_numpy(value) for name, value in np.load(directory / "model.npz").items()}
+        weights = {
+            n: w.view(torch.float8_e4m3fn) if w.dtype == torch.uint8 else w for n, w in weights.items()
+        }
+        told = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
     quantisation = None
     if fp8:
         from sglang.srt.layers.quantization.fp8 import Fp8Config
 
-        blocks = {"activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-        quantisation = Fp8Config(is_checkpoint_fp8_serialized=True, **blocks)
+        quantisation = Fp8Config.from_config(told)
     moe_tp = tp // ep
     sizes = {
         "tp": (rank, tp), "attn_tp": (rank, tp), "moe_ep": (rank // moe_tp, ep), "moe_tp": (rank % moe_tp, moe_tp),

@@ -12,8 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from sync_oracle import engine_shards, hf_model
 
+from megavar.commands import convert
+from megavar.commands.stored import Stored
 from megavar.models.architecture import read_architecture
 from megavar.models.families import layout_table
 from megavar.rollout.engine_env import engine_python
@@ -62,6 +66,41 @@ def in_blocks(hf: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return found
 
 
+def converted(directory: Path) -> dict[str, torch.Tensor]:
+    """A small mixture of random weights, as `convert_checkpoint.py --quantize fp8` writes it."""
+    plain = directory.with_name("plain")
+    plain.mkdir()
+    published, changed, _ = QUANTISED["fp8 mixture"]
+    config = json.loads((HERE.parent / "configs" / published / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps(config | BLOCKS | changed))
+    shapes = layout_table(read_architecture(plain)).checkpoint
+    tensors = {name: torch.randn(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    save_file(tensors, plain / "model.safetensors")
+    stored = Stored(plain, plain, True)
+    convert.publish(convert.to_hf(stored, directory, dtype=None, max_file_bytes=1 << 30, fp8=True), directory)
+    return load_file(directory / "model.safetensors")
+
+
+def merged(hf: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """What SGLang's one rank makes of them: q, k and v one under the other, gate and up, experts stacked."""
+    layer, found = "model.layers.0.", dict(hf)
+    for kind in ("weight", "weight_scale_inv"):
+        parts = [found.pop(f"{layer}self_attn.{name}_proj.{kind}") for name in "qkv"]
+        found[f"{layer}self_attn.qkv_proj.{kind}"] = torch.cat(parts)
+        gate, up, down = (
+            torch.stack([found.pop(f"{layer}mlp.experts.{e}.{name}_proj.{kind}") for e in range(4)])
+            for name in ("gate", "up", "down")
+        )
+        found[f"{layer}mlp.experts.w13_{kind}"] = torch.cat([gate, up], dim=1)
+        found[f"{layer}mlp.experts.w2_{kind}"] = down
+    return {
+        name: tensor.view(torch.uint8).numpy()
+        if tensor.dtype == torch.float8_e4m3fn
+        else tensor.float().numpy()
+        for name, tensor in found.items()
+    }
+
+
 @pytest.mark.engine
 def test_sglang_loads_every_rank_as_the_plan_fills_it(tmp_path: Path) -> None:
     cases, expected = [], []
@@ -98,6 +137,8 @@ def test_sglang_loads_every_rank_as_the_plan_fills_it(tmp_path: Path) -> None:
                     n: value.shape for n, value in shards.items()
                 }
             expected.append((f"{name} tp={tp} ep={ep}", architecture, ranks))
+    exported = converted(tmp_path / "exported")
+    cases.append([str(tmp_path / "exported"), 1, 1, True])
     done = subprocess.run(
         [str(engine_python()), str(HERE / "sglang_shards.py"), json.dumps(cases), str(tmp_path / "out")],
         env=server_environment(ServerSpec(), []), capture_output=True, text=True, timeout=900,
@@ -114,3 +155,9 @@ def test_sglang_loads_every_rank_as_the_plan_fills_it(tmp_path: Path) -> None:
             assert loaded.keys() == oracle.keys(), f"{case} rank {rank}"
             for name, value in oracle.items():
                 np.testing.assert_array_equal(loaded[name], value, err_msg=f"{case} rank {rank}: {name}")
+    loaded = dict(np.load(tmp_path / "out" / str(len(expected)) / "0.npz"))
+    want = merged(exported)
+    for name in want:
+        rows = slice(want[name].shape[0])  # SGLang pads the vocabulary
+        np.testing.assert_array_equal(loaded.pop(name)[rows], want[name], err_msg=name)
+    assert not loaded
