@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megavar.errors import UserError
+from megavar.errors import UserError, in_one_line
 
 _ROWS_AT_ONCE = 64
 Row = tuple[str, Mapping[str, Any], Collection[str]]
@@ -52,9 +52,9 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
                     yield f"{path} row {number}", values, names
                     number += 1
     except pa.ArrowException as error:
-        raise UserError(f"{path}: not a readable Parquet file: {error}") from None
+        raise UserError(f"{path}: not a readable Parquet file: {in_one_line(error)}") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {str(error).strip()}") from None
+        raise UserError(f"{path}: cannot be read: {in_one_line(error)}") from None
 
 
 def _value(scalar: Any) -> Any:

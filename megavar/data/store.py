@@ -18,10 +18,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megavar.errors import UserError
+from megavar.errors import UserError, in_one_line
 
 PART = re.compile(r"part-(\d{5,})\.parquet")
 TORN_SUFFIX = ".tmp"
+DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
+"""What pyarrow raises for bytes that are not what they were."""
 GROUP_ROWS, GROUP_BYTES = 1024, 32 << 20
 """A row group is flushed at this many rows or Arrow bytes, whichever comes first."""
 
@@ -185,11 +187,8 @@ class PartStore:
                             batch_rows, row_groups=[group], columns=names, use_threads=False
                         ):
                             yield batch.select(names)
-            except (
-                pa.ArrowException,
-                OSError,
-            ) as error:  # pyarrow has either for bytes that are not what they were
-                raise UserError(f"{path}: damaged ({str(error).strip()}); delete it and run again") from error
+            except DAMAGE as error:
+                raise UserError(f"{path}: damaged ({in_one_line(error)}); delete it and run again") from error
 
     def read_table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All finished parts as one table, in part order; for columns that fit in memory."""

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from megavar.data.store import PART
-from megavar.errors import UserError
+from megavar.data.store import DAMAGE, PART
+from megavar.errors import UserError, in_one_line
 
 BINS = 28
 MAX_SPECKS = 2000
@@ -36,8 +36,8 @@ def batches(part: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
                 yield from file.iter_batches(
                     256, row_groups=[group], columns=list(columns), use_threads=False
                 )
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{part}: damaged ({str(error).strip()}); delete it and run again") from error
+    except DAMAGE as error:
+        raise UserError(f"{part}: damaged ({in_one_line(error)}); delete it and run again") from error
 
 
 def columns_of(store: Path) -> set[str]:
