@@ -193,10 +193,12 @@ def _override_value(text: str, annotation: Any, key: str) -> Any:
 def _origin(error: Any, layers: list[Layer], touched: Mapping[tuple[str, ...], str], path: str) -> str:
     """Which option or file a mistake came from: the topmost layer that holds the key, else the recipe."""
     loc = tuple(map(str, error["loc"]))
+    # A key that nobody wrote is the file's fault; a list that is too short is of whoever wrote the list.
+    unwritten = error["type"] == "missing" and not isinstance(error["loc"][-1], int)
     for parts, option in reversed(list(touched.items())):
         shared = min(len(parts), len(loc))
         # A check across a whole section is blamed on an option only where the option set something in it.
-        if parts[:shared] == loc[:shared] and error["type"] != "missing":
+        if parts[:shared] == loc[:shared] and not unwritten:
             return option
     for label, raw in reversed(layers):
         node: Any = raw

@@ -145,6 +145,7 @@ def test_overrides(file: Path) -> None:
             "--final.betas: final: betas must be at least 0 and below 1, got [0.9, 1.0]",
         ),
         ("final.min_lr", "0.5", "--final.min_lr: final: min_lr = 0.5 is above the peak, lr = 1e-05"),
+        ("final.betas", "[0.9]", "--final.betas: final.betas.1: missing; number"),
         ("trainer.seed", "-1", "--trainer.seed: must be greater than or equal to 0"),
         ("rollout.seed", "-1", "--rollout.seed: must be greater than or equal to 0"),
         ("arms", "[]", "--arms: arms: there must be at least one"),
