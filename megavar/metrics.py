@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from megavar.errors import UserError
+
 GROUPS = ("train", "rollout", "eval", "perf", "vr")
 
 
@@ -98,12 +100,10 @@ class Metrics:
             tracker.log(line)
 
     def _look(self) -> None:
-        with open(self.path, encoding="utf-8") as file:
-            for text in file:
-                line = json.loads(text)
-                self._note(line["phase"], line["step"])
-                if self._trackers:
-                    self._unshown.setdefault(line["phase"], []).append(text)
+        for text, line in _lines(self.path):
+            self._note(line["phase"], line["step"])
+            if self._trackers:
+                self._unshown.setdefault(line["phase"], []).append(text)
 
     def _note(self, phase: str, step: int) -> None:
         self._newest[phase] = max(step, self._newest.get(phase, -1))
@@ -115,9 +115,8 @@ class Metrics:
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         self._newest.pop(phase)
         self._ended.discard(phase)
-        with open(self.path, encoding="utf-8") as old, open(temporary, "w", encoding="utf-8") as new:
-            for text in old:
-                line = json.loads(text)
+        with open(temporary, "w", encoding="utf-8") as new:
+            for text, line in _lines(self.path):
                 if line["phase"] != phase or 0 < line["step"] <= step:
                     new.write(text)
                     self._note(line["phase"], line["step"])
@@ -130,10 +129,20 @@ class Metrics:
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """Lines of a metrics file in order; a last line that is still being written is left out."""
-    with open(path, encoding="utf-8") as file:
-        for text in file:
-            if text.endswith("\n"):
-                yield json.loads(text)
+    for _, line in _lines(path):
+        yield line
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, text in enumerate(file, start=1):
+            if not text.endswith("\n"):
+                return
+            try:
+                line = json.loads(text)
+            except ValueError as error:
+                raise UserError(f"{path}:{number}: damaged ({error}); remove the line") from None
+            yield text, line
 
 
 def cut_torn_line(path: Path) -> None:

@@ -262,6 +262,10 @@ def test_metrics_file(tmp_path: Path) -> None:
     assert lines == [("initial", 1), ("initial", 2), ("b", 9), ("initial", 3), ("initial", 0), ("data", 0)]
     metrics.rewind("initial")
     assert [line["phase"] for line in read_metrics(path)] == ["b", "data"]
+    path.write_bytes(path.read_bytes() + b"\0\0\n")  # as a machine that lost power leaves it
+    for reader in (Metrics, lambda p: list(read_metrics(p))):
+        with pytest.raises(UserError, match=r"metrics.jsonl:3: damaged \(.*\); remove the line"):
+            reader(path)
     silent = Metrics(tmp_path / "none", writer=False)
     silent.log("a", 0, {"train/x": 1})
     silent.rewind("a")
