@@ -56,6 +56,13 @@ def test_experts_of_the_server_are_scored_and_learnt_with(mixture: Path, tmp_pat
     fit = json.loads((run / "arms/latro/fit/manifest.json").read_text())
     assert fit["metrics"]["perf/stack"] == stack.removeprefix("stack: ") and "experts: one" in stack
 
+    scored = json.loads((run / "own/policy_scores/manifest.json").read_text())["metrics"]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["phase"] == "arms/latro/fit" and line["step"] > 0]
+    shares = [scored["rollout/replayed_share"], *(line["train/replayed_share"] for line in steps)]
+    # Tokens up to the thought's end; a reference solution behind it was not sampled.
+    assert len(shares) > 1 and all(0.3 < share <= 1 for share in shares), shares
+
     scores = PartStore(run / "own/policy_scores/scores", POLICY_SCORES).read_keyed(["thought"])
     recorded: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for t in TraceStore(run / "own/traces/traces").iter_traces():
