@@ -1,4 +1,4 @@
-"""Weights by way of a file system: a Hugging Face directory per version, complete and summed before any engine reads.
+"""Weights by way of a file system: a Hugging Face directory per version, complete before any engine reads.
 
 The slowest transport and the one with the fewest requirements: engines need no plugin unless verification is asked
 for, and a directory remains from which a server that died comes back.
@@ -6,13 +6,11 @@ for, and a directory remains from which a server that died comes back.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -28,7 +26,7 @@ from megavar.sync.transport import SyncError, SyncOptions, SyncReport
 from megavar.sync.verify import verify_servers
 
 MANIFEST = "weights.json"
-"""Version of the weights, size and SHA-256 of every file. Written last: a directory without it is not complete."""
+"""Version of the weights and size of every file. Written last: a directory without it is not complete."""
 
 
 class DiskSync:
@@ -105,38 +103,15 @@ def write_version(
     export_hf(model_chunks, architecture, source, incoming)
 
     def finish() -> None:
-        manifest = {"version": version, "files": _sums(incoming)}
+        sizes = {
+            p.relative_to(incoming).as_posix(): p.stat().st_size for p in incoming.rglob("*") if p.is_file()
+        }
+        manifest = {"version": version, "files": dict(sorted(sizes.items()))}
         write_atomically(incoming / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         shutil.rmtree(target, ignore_errors=True)
         os.replace(incoming, target)
 
     on_main(finish)
-
-
-def check_version(directory: Path) -> str:
-    """The version that a complete directory holds. Raises UserError when a file is missing or was changed."""
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        version, files = manifest["version"], manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{directory / MANIFEST}: no manifest of complete weights ({error!r})") from None
-    found = _sums(directory)
-    for name, expected in files.items():
-        if found.get(name) != expected:
-            raise UserError(f"{directory / name} is missing or not the file that was written; write it again")
-    return version
-
-
-def _sums(directory: Path) -> dict[str, dict[str, int | str]]:
-    def one(path: Path) -> dict[str, int | str]:
-        with path.open("rb") as file:
-            return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-    paths = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
-    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
-        return {
-            p.relative_to(directory).as_posix(): s for p, s in zip(paths, pool.map(one, paths), strict=True)
-        }
 
 
 def _remove_others(target: Path) -> None:
