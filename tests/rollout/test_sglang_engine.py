@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -258,9 +259,10 @@ answer_end = "<|end|>"
 """
 
 
-def test_a_suite_over_running_servers(fleet, engine, tiny_model, tmp_path, capsys):
+def test_a_suite_over_running_servers(fleet, engine, tiny_model, tmp_path, capsys, monkeypatch):
     """Benchmarks under a recipe's own template: every record is what the servers say to that question and seed."""
-    problems = [{"id": n, "question": f"{n} + {n} =", "answer": str(2 * n)} for n in range(5)]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})  # one verifier will do
+    problems = [{"id": n, "question": f"{n} + {n} =", "answer": str(2 * n)} for n in range(3)]
     (tmp_path / "data/amc23").mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(problems), tmp_path / "data/amc23/test.parquet")
     row = {"unique_id": "only", "problem": "1 + 1 =", "answer": "2", "solution": "1 + 1 = 2"}
@@ -279,7 +281,7 @@ def test_a_suite_over_running_servers(fleet, engine, tiny_model, tmp_path, capsy
         return [row for store in stores for row in store.read_table().to_pylist()]
 
     rows, table = evaluate(), capsys.readouterr().out
-    assert len(rows) == 5 * 128 + 128 and len({row["seed"] for row in rows}) == len(rows)
+    assert len(rows) == 3 * 128 + 128 and len({row["seed"] for row in rows}) == len(rows)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     asked = {}
     for row in rows:
@@ -309,7 +311,6 @@ def test_a_suite_over_running_servers(fleet, engine, tiny_model, tmp_path, capsy
     assert [part.stat().st_mtime_ns == then for part, then in zip(parts, written, strict=True)] == [
         True,
         False,
-        True,
     ]
 
 
