@@ -51,6 +51,7 @@ setup(
             "wandb>=0.31",
             "tensorboard>=2.16",
             "matplotlib>=3.8",
+            "accelerate>=1.1",
         ],
         # NVIDIA apex comes with NGC images; the package of that name on PyPI is an unrelated project.
         "gpu": ["transformer-engine[pytorch]>=2.8", "nvidia-modelopt>=0.40"],
