@@ -40,7 +40,7 @@ engine-env: $(READY)
 	$(BIN)/python -m megavar.rollout.engine_env
 
 test-engine: engine-env
-	$(BIN)/python -m pytest tests -m "engine and not slurm"
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile -m "engine and not slurm"
 
 test-browser: $(READY)
 	command -v chromium >/dev/null || (apt-get update -q && apt-get install -qy --no-install-recommends chromium)
