@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -17,7 +18,7 @@ from megavar.doctor.gpus import list_gpus
 from megavar.errors import UserError
 from megavar.models.architecture import Architecture, read_architecture
 from megavar.models.hf_files import check_hf_directory
-from megavar.objectives.registry import COUNTING, needs_of
+from megavar.objectives.registry import needs_of, posterior_counts_answers
 from megavar.rollout.control import HELD_BACK, NO_EXPERTS, EngineError, ServerControl
 from megavar.rollout.engine_env import engine_python
 from megavar.tracking.chosen import check_trackers
@@ -27,6 +28,14 @@ _FIRST = 64
 """Traces that are counted at least; of these the longest is named."""
 _DENSER = 1.5
 """How many more tokens per byte a shorter text may have than any seen so far."""
+
+
+class _Asked(NamedTuple):
+    """A training question, and how many tokens it takes to ask policy and posterior."""
+
+    question: Question
+    prompt: int
+    hinted: int
 
 
 def check(recipe: Recipe, *, until: str | None = None, here: bool = True) -> None:
@@ -68,13 +77,14 @@ def check(recipe: Recipe, *, until: str | None = None, here: bool = True) -> Non
         raise UserError(
             f"rollout.context_length is {context}: the model's context is {architecture.max_positions}; leave it out"
         )
-    for encoder, questions in ((encoders[0], train), (encoders[1], train), (encoders[0], held_out)):
-        check_lengths(encoder, questions, context)
+    lengths = [check_lengths(encoder, train, context) for encoder in encoders]
+    check_lengths(encoders[0], held_out, context)
+    asked = [_Asked(*each) for each in zip(train, *lengths, strict=True)]
     with _about("data.train"):
         check_thoughts(encoders[0], train)
-    _check_responses(recipe, train, *encoders, architecture.max_positions)
-    _check_room(recipe, train, encoders[0], context)
-    _check_budgets(recipe, train, *encoders, architecture.max_positions)
+    _check_responses(recipe, asked, encoders[0], architecture.max_positions)
+    _check_room(recipe, asked, encoders[0], context)
+    _check_budgets(recipe, asked, encoders[0], architecture.max_positions)
     _check_traces(recipe, train, *encoders)
 
 
@@ -167,14 +177,11 @@ def _tokenizer(recipe: Recipe, architecture: Architecture) -> PreTrainedTokenize
     return tokenizer
 
 
-def _check_responses(
-    recipe: Recipe, questions: Sequence[Question], policy: Encoder, posterior: Encoder, context: int
-) -> None:
+def _check_responses(recipe: Recipe, asked: Sequence[_Asked], policy: Encoder, context: int) -> None:
     """Every training sequence fits the model: the data set's own traces, and the longest thought to be sampled."""
     longest = recipe.rollout.max_thought_tokens
     markers = sum(map(len, (policy.thought_end_ids, policy.answer_start_ids, policy.answer_end_ids)))
-    for q in questions:
-        prompt, hinted = len(policy.prompt_ids(q)), len(posterior.prompt_ids(q))
+    for q, prompt, hinted in asked:
         # A token is at least a byte: tokens are counted only where bytes might not fit.
         trace_bytes, answer_bytes = len((q.trace or "").encode()), len(q.solution.encode())
         if max(prompt, hinted) + max(longest, trace_bytes) + answer_bytes + markers <= context:
@@ -194,18 +201,14 @@ def _check_responses(
             )
 
 
-def _check_room(recipe: Recipe, questions: Sequence[Question], policy: Encoder, context: int) -> None:
+def _check_room(recipe: Recipe, asked: Sequence[_Asked], policy: Encoder, context: int) -> None:
     """Behind the longest thought there is room for an answer, where answers are sampled."""
     longest = recipe.rollout.max_thought_tokens
-    own = recipe.posterior
-    counted = own.objective == "forward_kl" or (
-        own.objective not in ("sft", "rlt") and own.estimator in COUNTING
-    )
-    if "answers" not in needs_of(recipe.arms) and not counted:
+    if "answers" not in needs_of(recipe.arms) and not posterior_counts_answers(recipe.posterior):
         return
     if recipe.rollout.engine == "sglang":
         context -= HELD_BACK
-    prompt, question = max((len(policy.prompt_ids(q)), q.id) for q in questions)
+    prompt, question = max((each.prompt, each.question.id) for each in asked)
     before = prompt + len(policy.answer_start_ids)
     if before + longest >= context:
         raise UserError(
@@ -215,26 +218,24 @@ def _check_room(recipe: Recipe, questions: Sequence[Question], policy: Encoder, 
         )
 
 
-def _check_budgets(
-    recipe: Recipe, questions: Sequence[Question], policy: Encoder, posterior: Encoder, context: int
-) -> None:
+def _check_budgets(recipe: Recipe, asked: Sequence[_Asked], policy: Encoder, context: int) -> None:
     """A budget that the recipe names holds the longest trace that may be sampled; others choose themselves."""
     trainer, rollout = recipe.trainer, recipe.rollout
     names = ("tokens_per_micro_batch", "scoring_tokens_per_micro_batch")
-    asked = {name: value for name in names if (value := getattr(trainer, name)) is not None}
-    if not asked or not trainer.packing:
+    budgets = {name: value for name in names if (value := getattr(trainer, name)) is not None}
+    if not budgets or not trainer.packing:
         return
     # Sampled answers are scored and learnt where an arm is made of the policy's own samples, or learns its answers.
     sampled = "own" in needs_of(recipe.arms) or any(arm.answer == "sampled" for arm in recipe.arms)
     answer_tokens = len(policy.answer_start_ids) + rollout.max_answer_tokens if sampled else 0
 
-    def tokens(q: Question) -> int:
-        prompt, answer = len(policy.prompt_ids(q)), max(len(policy.answer_ids(q.solution)), answer_tokens)
-        return max(prompt + answer, len(posterior.prompt_ids(q))) + rollout.max_thought_tokens
+    def tokens(each: _Asked) -> int:
+        answer = max(len(policy.answer_ids(each.question.solution)), answer_tokens)
+        return max(each.prompt + answer, each.hinted) + rollout.max_thought_tokens
 
-    longest, question = max((min(tokens(q), context), q.id) for q in questions)
+    longest, question = max((min(tokens(each), context), each.question.id) for each in asked)
     least = padded_tokens(longest, trainer.cp)
-    for name, budget in asked.items():
+    for name, budget in budgets.items():
         if budget < least:
             raise UserError(
                 f"trainer.{name} is {budget}: a trace of question {question!r} may have {longest} tokens; set it to at "

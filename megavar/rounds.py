@@ -17,7 +17,7 @@ from rich.console import Console
 from megavar.config.recipe import Fit, Recipe
 from megavar.config.switches import PROPOSED
 from megavar.files import write_atomically
-from megavar.objectives.registry import COUNTING, needs_of
+from megavar.objectives.registry import needs_of, posterior_counts_answers
 from megavar.online import online_rounds
 from megavar.phases.evaluation import Result, evaluate, held_out_accuracy
 from megavar.phases.fitting import dataset_training_set, fit_phase
@@ -117,7 +117,7 @@ def fit_posterior(run: Run, initial: Phase) -> Phase:
     fitted = fit_phase(run, "posterior/fit", start=None, data=data, fit=settings.fit)
     if settings.objective == "sft":
         return fitted
-    name, counted = "posterior/own", settings.objective != "rlt" and settings.estimator in COUNTING
+    name, counted = "posterior/own", posterior_counts_answers(settings)
     traces = sample(run, posterior_traces(run, f"{name}/traces", fitted, stream=name, count=settings.traces))
     judged = judge(
         run, name, traces, policy=initial, posterior=fitted, answers=counted, stream=f"{name}/answer"

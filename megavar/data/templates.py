@@ -308,17 +308,17 @@ def check_thoughts(encoder: Encoder, questions: Iterable[Question]) -> None:
         )
 
 
-def check_lengths(encoder: Encoder, questions: Iterable[Question], context_length: int) -> None:
-    """Raise one UserError if any prompt leaves no room for a token in `context_length` tokens."""
-    total, too_long = 0, []
+def check_lengths(encoder: Encoder, questions: Iterable[Question], context_length: int) -> list[int]:
+    """Tokens of each prompt. Raises one UserError if any leaves no room for a token in `context_length` tokens."""
+    lengths, too_long = [], []
     for question in questions:
-        total += 1
-        length = len(encoder.prompt_ids(question))
-        if length >= context_length:
-            too_long.append(f"{question.id} ({length} tokens)")
+        lengths.append(len(encoder.prompt_ids(question)))
+        if lengths[-1] >= context_length:
+            too_long.append(f"{question.id} ({lengths[-1]} tokens)")
     if too_long:
         first = ", ".join(too_long[:5]) + (", ..." if len(too_long) > 5 else "")
         raise UserError(
-            f"{len(too_long)} of {total} questions do not fit a context of {context_length} tokens under "
+            f"{len(too_long)} of {len(lengths)} questions do not fit a context of {context_length} tokens under "
             f"template {encoder.template.name!r}: {first}; remove them or raise the context length"
         )
+    return lengths

@@ -39,7 +39,7 @@ Need = Literal[
 reference solution behind. `own_samples`: log pi of all that was sampled. `own_initial`: log pi_0 of their thoughts.
 `own_posterior`: log q of their thoughts. `prompted`: traces of the policy itself under the posterior's prompt, scored
 under both; `own_prompted`: its own traces under that prompt."""
-COUNTING = ("accuracy", "hybrid")
+_COUNTING = ("accuracy", "hybrid")
 """Estimators of c(z) that count right answers."""
 Kind = Literal["dataset", "proposals", "samples", "reference", "two_prompts"]
 """What is trained on: the data set's traces; proposals; own samples, thought and own answer; own thoughts and the
@@ -214,7 +214,7 @@ def needs_of(arms: Iterable[Any]) -> frozenset[Need]:
     for arm in arms:
         objective = OBJECTIVES[arm.objective]
         needs |= objective.needs
-        if arm.objective == "variational" and arm.estimator in COUNTING:
+        if arm.objective == "variational" and arm.estimator in _COUNTING:
             needs.add("answers")
         if arm.reward != "verdict":
             needs.add("own_reference")
@@ -223,6 +223,13 @@ def needs_of(arms: Iterable[Any]) -> frozenset[Need]:
         if arm.objective == "latro" and arm.kl != 0:
             needs.add("own_initial")
     return frozenset(needs)
+
+
+def posterior_counts_answers(posterior: Any) -> bool:
+    """Whether answers are sampled behind the traces that a posterior with these keys is fitted to."""
+    if posterior.objective == "forward_kl":
+        return True
+    return posterior.objective not in ("sft", "rlt") and posterior.estimator in _COUNTING
 
 
 def weigh_samples(samples: Samples, arm: Any) -> SegmentWeights:
