@@ -22,7 +22,7 @@ from megavar.errors import UserError, in_one_line
 
 PART = re.compile(r"part-(\d{5,})\.parquet")
 TORN_SUFFIX = ".tmp"
-DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
+_DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
 """What pyarrow raises for bytes that are not what they were."""
 GROUP_ROWS, GROUP_BYTES = 1024, 32 << 20
 """A row group is flushed at this many rows or Arrow bytes, whichever comes first."""
@@ -173,22 +173,8 @@ class PartStore:
         Memory: one row group of the columns read. Raises UserError for a damaged part or another schema.
         """
         for index in sorted(self.parts_done() if parts is None else parts):
-            path = self.part_path(index)
-            try:
-                with pq.ParquetFile(path) as part:
-                    if not part.schema_arrow.equals(self.schema):
-                        raise UserError(
-                            f"{path}: written with other columns than this version reads; start a new run"
-                        )
-                    names = self.schema.names if columns is None else list(columns)
-                    # One row group at a time: over several, pyarrow's reader keeps what it has passed.
-                    for group in range(part.num_row_groups):
-                        for batch in part.iter_batches(
-                            batch_rows, row_groups=[group], columns=names, use_threads=False
-                        ):
-                            yield batch.select(names)
-            except DAMAGE as error:
-                raise UserError(f"{path}: damaged ({in_one_line(error)}); delete it and run again") from error
+            names = self.schema.names if columns is None else columns
+            yield from read_part(self.part_path(index), names, batch_rows, schema=self.schema)
 
     def read_table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All finished parts as one table, in part order; for columns that fit in memory."""
@@ -215,6 +201,30 @@ class PartStore:
                     )
                 rows[key] = dict(zip(columns, row, strict=True))
         return rows
+
+
+def read_part(
+    path: Path, columns: Sequence[str], batch_rows: int, *, schema: pa.Schema | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Record batches of the columns, in their order; holds one row group of them.
+
+    schema: what the part must have been written with. Raises UserError for a damaged part or another schema.
+    """
+    names = list(columns)
+    try:
+        with pq.ParquetFile(path) as part:
+            if schema is not None and not part.schema_arrow.equals(schema):
+                raise UserError(
+                    f"{path}: written with other columns than this version reads; start a new run"
+                )
+            # One row group at a time: over several, pyarrow's reader keeps what it has passed.
+            for group in range(part.num_row_groups):
+                for batch in part.iter_batches(
+                    batch_rows, row_groups=[group], columns=names, use_threads=False
+                ):
+                    yield batch.select(names)
+    except _DAMAGE as error:
+        raise UserError(f"{path}: damaged ({in_one_line(error)}); delete it and run again") from error
 
 
 def values(column: pa.Array) -> list[Any]:

@@ -160,18 +160,20 @@ def _times(run: StoredRun) -> dict[str, str]:
 def _arms(run: StoredRun) -> dict[str, Any]:
     """Rows of the table of arms; of an unfinished run what its evaluations say so far."""
     table = run.path / TABLE
-    rows: Sequence[Mapping[str, Any]] = [
-        {
-            "arm": phase.name.removesuffix("/verdicts").removeprefix("eval/"),
-            "accuracy": round(phase.metrics["eval/correct"], 4),
-            "answers": phase.counts.get("answers", ""),
-        }
-        for phase in run.done("/verdicts")
-        if "eval/correct" in phase.metrics
-    ]
-    columns = ["arm", "accuracy", "answers"] if rows else []
+    rows: Sequence[Mapping[str, Any]]
     if table.exists():
         rows, columns = arms_rows(table)
+    else:
+        rows = [
+            {
+                "arm": phase.name.removesuffix("/verdicts").removeprefix("eval/"),
+                "accuracy": round(phase.metrics["eval/correct"], 4),
+                "answers": phase.counts.get("answers", ""),
+            }
+            for phase in run.done("/verdicts")
+            if "eval/correct" in phase.metrics
+        ]
+        columns = list(rows[0]) if rows else []
     numeric = {
         c
         for c in columns

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from megavar.data.store import DAMAGE, PART
-from megavar.errors import UserError, in_one_line
+from megavar.data.store import PART, read_part
 
 BINS = 28
+_ROWS = 256
 MAX_SPECKS = 2000
 """Points of a scatter."""
 SPECK_PARTS = 12
@@ -28,18 +27,6 @@ def parts_of(store: Path) -> list[Path]:
     return sorted(path for path in store.iterdir() if PART.fullmatch(path.name))
 
 
-def batches(part: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Holds one row group of the columns. Raises UserError for a damaged part."""
-    try:
-        with pq.ParquetFile(part) as file:
-            for group in range(file.num_row_groups):
-                yield from file.iter_batches(
-                    256, row_groups=[group], columns=list(columns), use_threads=False
-                )
-    except DAMAGE as error:
-        raise UserError(f"{part}: damaged ({in_one_line(error)}); delete it and run again") from error
-
-
 def columns_of(store: Path) -> set[str]:
     """Of its first part; none where it has no part."""
     parts = parts_of(store)
@@ -50,7 +37,7 @@ def lengths(stores: Sequence[Path], id_columns: Sequence[str]) -> dict[str, np.n
     """Finish reason -> int64 [longest + 1]: how many samples have that many tokens in all id columns together."""
     found: dict[str, np.ndarray] = {}
     for part in (part for store in stores for part in parts_of(store)):
-        for batch in batches(part, ["finish_reason", *id_columns]):
+        for batch in read_part(part, ["finish_reason", *id_columns], _ROWS):
             each = sum(
                 pc.list_value_length(batch[name]).to_numpy(zero_copy_only=False) for name in id_columns
             )
@@ -90,7 +77,7 @@ def values(store: Path, column: str) -> tuple[np.ndarray, list[int]]:
     edges = np.linspace(low, high, BINS + 1)
     counts = np.zeros(BINS, np.int64)
     for part in parts_of(store):
-        for batch in batches(part, [column]):
+        for batch in read_part(part, [column], _ROWS):
             counts += np.histogram(batch[column].to_numpy(zero_copy_only=False), edges)[0]
     return edges, counts.tolist()
 
@@ -101,7 +88,7 @@ def effective_sizes(store: Path, traces: int) -> tuple[np.ndarray, list[int]]:
     counts = np.zeros(len(edges) - 1, np.int64)
     for part in parts_of(store):
         squares: dict[str, float] = {}
-        for batch in batches(part, ["question_id", "normalised"]):
+        for batch in read_part(part, ["question_id", "normalised"], _ROWS):
             for key, share in zip(
                 batch["question_id"].to_pylist(), batch["normalised"].to_pylist(), strict=True
             ):
@@ -153,7 +140,7 @@ def _thoughts(traces: Path, scores: Path) -> tuple[list[np.ndarray], list[np.nda
 
 
 def _rows(part: Path, column: str) -> Iterator[tuple[tuple[str, int], np.ndarray]]:
-    for batch in batches(part, ["question_id", "index", column]):
+    for batch in read_part(part, ["question_id", "index", column], _ROWS):
         names = dict(zip(batch.schema.names, batch.columns, strict=True))
         ends, flat = names[column].offsets.to_numpy(), names[column].values.to_numpy()
         keys = zip(names["question_id"].to_pylist(), names["index"].to_pylist(), strict=True)
