@@ -22,15 +22,16 @@ _READERS = 8
 """Files read at once: one thread hashes slower than a disk reads."""
 
 
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def sha256_of(paths: Iterable[Path]) -> list[str]:
-    """Hexadecimal SHA-256 of each file's bytes."""
-
-    def digest(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
+    """Those of several files, read at once."""
     with ThreadPoolExecutor(_READERS) as readers:
-        return list(readers.map(digest, paths))
+        return list(readers.map(sha256, paths))
 
 
 def write_atomically(path: Path, text: str) -> None:

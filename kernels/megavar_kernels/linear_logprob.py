@@ -12,7 +12,7 @@ linear_logprob_reference, CUDA tensors by linear_logprob_triton.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
 
@@ -46,7 +46,7 @@ class _Shard:
     vocab_start: int
     rows: int  # rows of the weight shard inside the true vocabulary
     ignore_index: int
-    entropy: bool = True
+    entropy: bool
 
 
 def linear_logprob(
@@ -95,19 +95,17 @@ def linear_logprob(
             the CPU, on a device under MEGAVAR_KERNELS_DEBUG=1; otherwise its logprob is -inf).
         RuntimeError: CUDA tensors without triton installed.
     """
-    shard = replace(
-        _check(
-            hidden,
-            weight,
-            target,
-            temperature,
-            vocab_start,
-            group,
-            sequence_parallel,
-            ignore_index,
-            vocab_size,
-        ),
-        entropy=entropy,
+    shard = _check(
+        hidden,
+        weight,
+        target,
+        temperature,
+        vocab_start,
+        group,
+        sequence_parallel,
+        ignore_index,
+        vocab_size,
+        entropy,
     )
     keep_bytes = _keep_bytes(keep, hidden)
     if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
@@ -369,6 +367,7 @@ def _check(
     sequence_parallel: bool,
     ignore_index: int,
     vocab_size: int | None,
+    entropy: bool = True,
 ) -> _Shard:
     require_matrix("hidden", hidden)
     require_matrix("weight", weight)
@@ -394,4 +393,4 @@ def _check(
         raise TypeError(f"hidden: float64 is computed on the CPU alone, got it on {hidden.device}")
     _backend(hidden)  # a missing triton shows before any work
     rows = weight.shape[0] if vocab_size is None else min(max(vocab_size - vocab_start, 0), weight.shape[0])
-    return _Shard(group, sequence_parallel, 1.0 / temperature, vocab_start, rows, ignore_index)
+    return _Shard(group, sequence_parallel, 1.0 / temperature, vocab_start, rows, ignore_index, entropy)

@@ -26,6 +26,7 @@ from megavar.commands.fp8_blocks import Blocks, check_widths, quantization_confi
 from megavar.commands.ranks import check_new_directory
 from megavar.commands.stored import Stored
 from megavar.errors import UserError
+from megavar.files import sha256
 from megavar.memory import PeakMemory
 from megavar.models.architecture import Architecture, Dtype, read_architecture
 from megavar.models.companions import add_to_config, copy_companions, set_dtype
@@ -106,7 +107,7 @@ def to_hf(
         "fp8": fp8,
         "max_file_bytes": max_file_bytes,
         "source": source.state,
-        "config": _sha256(stored.hf / "config.json"),
+        "config": sha256(stored.hf / "config.json"),
     }
 
     def read(name: str) -> torch.Tensor:
@@ -167,7 +168,7 @@ def to_megatron(hf: Path, out: Path, *, dtype: Dtype | None, max_file_bytes: int
         "dtype": written,
         "max_file_bytes": max_file_bytes,
         "source": [_state(file) for file in sorted({t.file for t in tensors.values()})],
-        "config": _sha256(hf / "config.json"),
+        "config": sha256(hf / "config.json"),
     }
     began = time.perf_counter()
     with _writing(partial):
@@ -261,10 +262,6 @@ def _digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(as_bytes(tensor)).hexdigest()
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _state(path: Path) -> list[Any]:
     """Changes when the file is written again; weights are too large to hash before each start."""
     found = path.stat()
@@ -287,7 +284,7 @@ def _source(stored: Stored, architecture: Architecture, table: LayoutTable) -> _
         read=lambda name: weights.read(*homes[name]),
         dtype=weights.dtype,
         itemsize=weights.itemsize,
-        state=[_sha256(stored.weights / METADATA), *map(_state, files)],
+        state=[sha256(stored.weights / METADATA), *map(_state, files)],
     )
 
 

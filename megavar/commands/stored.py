@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from megavar.commands.checkpoint import COMPANIONS, MANIFEST, WEIGHTS, read_manifest, sharded
-from megavar.errors import UserError
+from megavar.errors import UserError, in_one_line
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -82,8 +82,8 @@ def load_stored(stored: Stored, groups: Groups) -> tuple[list[GPTModel], Archite
     try:
         state = dist_checkpointing.load(asked, str(stored.weights))
     except CheckpointingException as error:
-        told = " ".join(str(error).split())
-        raise UserError(f"{stored.weights}: not the weights of {stored.hf / 'config.json'}: {told}") from None
+        told = f"not the weights of {stored.hf / 'config.json'}: {in_one_line(error)}"
+        raise UserError(f"{stored.weights}: {told}") from None
     for index, chunk in enumerate(chunks):
         load_parameters(chunk, state["model"][index])
     return chunks, architecture

@@ -23,7 +23,7 @@ from megavar.models.parallel_layout import ParallelLayout
 from megavar.models.replay import enable_replay
 from megavar.models.stack import has_transformer_engine
 from megavar.models.switches import build_config
-from megavar.parallel.groups import Groups
+from megavar.parallel.groups import Groups, megatron_sizes
 
 
 class Site(NamedTuple):
@@ -90,12 +90,7 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
-        context_parallel_size=layout.cp,
-        expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=layout.etp,
+        **megatron_sizes(layout),
         sequence_parallel=sequence_parallel,
         # Packed micro-batches differ in length; stages tell each other the shape.
         variable_seq_lengths=True,

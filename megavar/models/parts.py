@@ -14,10 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from megavar.files import write_atomically
+from megavar.files import sha256, write_atomically
 
 _PROGRESS = ".conversion.json"
-_BLOCK = 1 << 20
 
 
 class Part(NamedTuple):
@@ -41,9 +40,9 @@ class Parts:
             directory.mkdir(parents=True)
             self._record()
             return
-        for name, (sha256, notes) in progress.items():
-            if (directory / name).is_file() and _sha256(directory / name) == sha256:
-                self._parts[name] = Part(sha256, notes)
+        for name, (digest, notes) in progress.items():
+            if (directory / name).is_file() and sha256(directory / name) == digest:
+                self._parts[name] = Part(digest, notes)
                 self.kept.append(name)
         for path in directory.iterdir():
             if path.name not in self._parts and path.name != _PROGRESS:
@@ -103,11 +102,3 @@ class Stream:
     @property
     def sha256(self) -> str:
         return self._hash.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            found.update(block)
-    return found.hexdigest()

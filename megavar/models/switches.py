@@ -13,7 +13,7 @@ from packaging.version import Version
 from pydantic import TypeAdapter, ValidationError
 
 from megavar.data.suggest import did_you_mean
-from megavar.errors import UserError
+from megavar.errors import UserError, in_one_line
 from megavar.models.architecture import Architecture
 from megavar.models.parallel_layout import ParallelLayout
 
@@ -113,7 +113,7 @@ def build_config(switches: Mapping[str, Any], **owned: Any) -> TransformerConfig
     try:
         return TransformerConfig(**owned, **switches)
     except (ValueError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"[{KEY}]: Megatron-Core refuses it: {' '.join(str(error).split())}") from None
+        raise UserError(f"[{KEY}]: Megatron-Core refuses it: {in_one_line(error)}") from None
 
 
 def fp8_recipe(switches: Mapping[str, Any]) -> str | None:

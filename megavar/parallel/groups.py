@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -68,6 +69,18 @@ class Groups:
         return self.is_last_stage and self.tp_rank == 0 and self.cp_rank == 0
 
 
+def megatron_sizes(layout: ParallelLayout) -> dict[str, Any]:
+    """A layout under Megatron-Core's names, for its groups and for its models."""
+    return dict(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+    )
+
+
 def initialize(layout: ParallelLayout, *, seed: int = 1234) -> Groups:
     """Join the job's processes (torchrun's or srun's environment; alone without one) and split them into groups.
 
@@ -93,14 +106,7 @@ def initialize(layout: ParallelLayout, *, seed: int = 1234) -> Groups:
         dist.init_process_group(backend="cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
     if mpu.model_parallel_is_initialized():
         _destroy_groups()
-    mpu.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
-        context_parallel_size=layout.cp,
-        expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=layout.etp,
-    )
+    mpu.initialize_model_parallel(**megatron_sizes(layout))
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     rank = dist.get_rank()
     place = Place(

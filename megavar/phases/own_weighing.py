@@ -26,6 +26,7 @@ from megavar.phases.sampling import trace_store
 from megavar.phases.scoring import policy_score_store
 from megavar.phases.tables import (
     NO_LOGPROBS,
+    NOT_SCORED,
     OwnSamples,
     mean_length,
     ragged,
@@ -113,7 +114,7 @@ class _OwnTable:
         then, token_offsets = ragged([NO_LOGPROBS for _ in traces])
         if own.policy_scores is not None:
             rows = policy_score_store(own.policy_scores).read_keyed(["thought", "answer"], parts=[part])
-            found = [rows.get(k, {"thought": NO_LOGPROBS, "answer": NO_LOGPROBS}) for k in keys]
+            found = [rows.get(k, NOT_SCORED) for k in keys]
             reference, reference_offsets = ragged([row["answer"] for row in found])
             now, token_offsets = ragged([row["thought"] for row in found])
             then, _ = ragged(
@@ -121,7 +122,7 @@ class _OwnTable:
             )
             if own.initial_scores is not None:
                 rows = policy_score_store(own.initial_scores).read_keyed(["thought"], parts=[part])
-                first, _ = ragged([rows.get(k, {"thought": NO_LOGPROBS})["thought"] for k in keys])
+                first, _ = ragged([rows.get(k, NOT_SCORED)["thought"] for k in keys])
                 log_ratio = segment_sum(now - first, token_offsets)
         if (
             own.sample_scores is not None

@@ -27,7 +27,8 @@ from megavar.runs import Phase
 from megavar.verifiers import is_correct
 
 NO_LOGPROBS = np.empty(0, np.float32)
-"""Of a trace that was not scored."""
+NOT_SCORED = {"thought": NO_LOGPROBS, "answer": NO_LOGPROBS}
+"""The row of a trace that was not scored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,13 +240,12 @@ class _Row:
 def _scored(traces: list[Trace], policy_scores: Phase, posterior_scores: Phase, part: int) -> list[_Row]:
     policy = policy_score_store(policy_scores).read_keyed(["thought", "answer"], parts=[part])
     posterior = posterior_score_store(posterior_scores).read_keyed(["thought"], parts=[part])
-    nothing = {"thought": NO_LOGPROBS, "answer": NO_LOGPROBS}
     keys = [(t.question_id, t.index) for t in traces]
     return [
         _Row(
-            policy=policy.get(key, nothing)["thought"],
-            reference=policy.get(key, nothing)["answer"],
-            posterior=posterior.get(key, nothing)["thought"],
+            policy=policy.get(key, NOT_SCORED)["thought"],
+            reference=policy.get(key, NOT_SCORED)["answer"],
+            posterior=posterior.get(key, NOT_SCORED)["thought"],
         )
         for key in keys
     ]

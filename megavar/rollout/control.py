@@ -12,9 +12,8 @@ import httpx
 PauseMode = Literal["abort", "retract", "in_place"]
 HELD_BACK = 2
 """Positions of the model's limit that SGLang keeps to itself."""
-
-
 NO_EXPERTS = "start it with --enable-return-routed-experts, or set rollout.replay_experts = false"
+"""What to do about a server that does not say which experts its tokens went to."""
 
 
 class EngineError(RuntimeError):
